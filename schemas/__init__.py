@@ -1,0 +1,1 @@
+"""The manifests: attrs classes, one module a stage."""

@@ -1,0 +1,79 @@
+"""copy.json and copy.plan.json: how the changeset was applied to the live tree."""
+
+from typing import Literal
+
+import attrs
+
+from schemas.manifest import Manifest
+from schemas.scan import FolderTimes
+
+
+@attrs.define(kw_only=True)
+class Step:
+    """One exchange between the live tree and the run folder; either side may be empty.
+
+    path: in the live tree, a folder with all below it. overlay_path: where the new file waits before the step and the
+    original is kept after it. new_inode, old_inode: inode numbers of the two files, 0 where there is none: they tell at
+    any time whether the step was taken. old_ctime_ns: ctime of the live file when the step was planned.
+    """
+
+    path: str
+    overlay_path: str
+    new_inode: int
+    old_inode: int
+    old_ctime_ns: int
+
+
+@attrs.define(kw_only=True)
+class Conflict:
+    """A live path that somebody else changed; reason: in which way, for people."""
+
+    path: str
+    reason: str
+
+
+@attrs.frozen(kw_only=True)
+class Plan(Manifest):
+    """What copy is going to do, written down before the first edit.
+
+    escaped: overlay paths of new files with xattrs of the command's own that the overlay keeps under other names; empty
+    once they have their real names.
+    staged: overlay names of the roots on another mount than the run folder, into which the new files are copied first,
+    each under the number of its step, in a folder that is gone at the end. brought: whether that was done; new_inode is
+    that of the copy then.
+    """
+
+    schema: Literal["acetate/plan/1"]
+    steps: list[Step]
+    folders: list[FolderTimes]
+    conflicts: list[Conflict]
+    escaped: list[str]
+    staged: list[str]
+    brought: bool = False
+
+
+@attrs.define(kw_only=True)
+class Done:
+    """What was done to one path; below a folder, to everything in it.
+
+    original: overlay path under which the file that was replaced or removed is kept, or None.
+    """
+
+    path: str
+    action: Literal["added", "replaced", "removed"]
+    original: str | None
+
+
+@attrs.frozen(kw_only=True)
+class Copied(Manifest):
+    """What copy leaves.
+
+    complete: False when conflicts stopped it, and nothing was copied.
+    originals: the folder that keeps the originals by overlay path, until cleanup moves it.
+    """
+
+    schema: Literal["acetate/copy/1"]
+    complete: bool
+    done: list[Done]
+    conflicts: list[Conflict]
+    originals: str

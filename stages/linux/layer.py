@@ -1,0 +1,104 @@
+"""How overlayfs writes changes down in an upper layer: this module answers questions about it and changes nothing.
+
+Source of all that is said here: the kernel's Documentation/filesystems/overlayfs.rst and fs/overlayfs/.
+"""
+
+import os
+import stat
+
+import attrs
+
+_ESCAPE = "overlay."
+
+
+class UnknownLayerError(Exception):
+    """The layer holds something whose meaning is not known here; the message names it."""
+
+
+@attrs.frozen(kw_only=True)
+class FolderMarks:
+    """What the overlay wrote down about a folder of the upper layer.
+
+    opaque: the lower folder of the same name does not show through. New folders are marked so as an optimisation:
+    it does not mean that something was deleted.
+    redirect: path of the lower folder that it was renamed from: from the overlay's root on if it begins with a
+    slash, else a name in the lower folder of its parent. None if it was not renamed.
+    impure: whether it may hold files that were copied up, which carry xattrs of the overlay.
+    copied_up: whether it stands for a folder of the lower layer.
+    xattr_whiteouts: whether its whiteouts may be files with an xattr instead of devices.
+    marked: whether it carries any xattr of the overlay.
+    """
+
+    opaque: bool
+    redirect: str | None
+    impure: bool
+    copied_up: bool
+    xattr_whiteouts: bool
+    marked: bool
+
+
+def is_whiteout_device(status: os.stat_result) -> bool:
+    """Return whether it is a whiteout: a character device 0:0."""
+    return stat.S_ISCHR(status.st_mode) and status.st_rdev == 0
+
+
+def is_xattr_whiteout(path: str, status: os.stat_result, prefix: str) -> bool:
+    """Return whether it is a whiteout in its xattr form, as it may stand in a folder with `xattr_whiteouts`."""
+    return (
+        stat.S_ISREG(status.st_mode)
+        and status.st_size == 0
+        and prefix + "whiteout" in os.listxattr(path, follow_symlinks=False)
+    )
+
+
+def folder_marks(folder: int, prefix: str) -> FolderMarks:
+    """Return the marks of a folder of the upper layer, given as a descriptor or path.
+
+    Raises OSError, and UnknownLayerError for an xattr that is not known here.
+    """
+    names = own_xattrs(os.listxattr(folder), prefix)
+    for name in names:
+        if name not in _KNOWN_FOLDER_XATTRS:
+            raise UnknownLayerError(f"xattr {prefix}{name}")
+    opaque = os.getxattr(folder, prefix + "opaque") if "opaque" in names else b""
+    redirect = os.fsdecode(os.getxattr(folder, prefix + "redirect")) if "redirect" in names else None
+    return FolderMarks(
+        opaque=opaque == b"y",
+        redirect=redirect,
+        impure="impure" in names,
+        copied_up="origin" in names,
+        xattr_whiteouts=opaque == b"x",
+        marked=bool(names),
+    )
+
+
+_KNOWN_FOLDER_XATTRS = frozenset({"opaque", "redirect", "impure", "origin", "uuid", "nlink", "upper", "protattr"})
+_KNOWN_FILE_XATTRS = frozenset({"origin", "nlink", "impure", "protattr", "whiteout"})
+
+
+def check_file_xattrs(names: list[str], prefix: str) -> None:
+    """Raise UnknownLayerError when a file carries an xattr of the overlay that changes what the file means.
+
+    A metacopy, for one, has the metadata only, its content is in the lower layer.
+    """
+    for name in own_xattrs(names, prefix):
+        if name not in _KNOWN_FILE_XATTRS:
+            raise UnknownLayerError(f"xattr {prefix}{name}")
+
+
+def own_xattrs(names: list[str], prefix: str) -> list[str]:
+    """Return the overlay's own xattrs among the names, without the prefix."""
+    start = len(prefix)
+    return [name[start:] for name in names if name.startswith(prefix) and not name.startswith(_ESCAPE, start)]
+
+
+def user_name(name: str, prefix: str) -> str | None:
+    """Return the name that an xattr of a file in the layer has in the merged view, None for the overlay's own.
+
+    A name under the overlay's prefix that the command itself set is stored escaped.
+    """
+    if not name.startswith(prefix):
+        return name
+    if name.startswith(_ESCAPE, len(prefix)):
+        return prefix + name[len(prefix) + len(_ESCAPE) :]
+    return None

@@ -1,0 +1,325 @@
+"""A run from stage to stage: which stages are done, what each one reads, and the manifests between them."""
+
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+
+import attrs
+
+from schemas import manifest
+from schemas.cleanup import Cleaned
+from schemas.copy import Copied
+from schemas.execute import Executed
+from schemas.manifest import Manifest
+from schemas.mount import Mounted
+from schemas.perms import Permitted
+from schemas.prepare import Prepared, Request
+from schemas.scan import Scanned
+from schemas.unmount import Unmounted
+from stages import as_owner, runs
+from stages.errors import CommandFailedError, ConflictError, UsageError
+
+STAGES = ("prepare", "mount", "execute", "scan", "copy", "perms", "unmount", "cleanup")
+
+_CLASSES: dict[str, type[Manifest]] = {
+    "prepare": Prepared,
+    "mount": Mounted,
+    "execute": Executed,
+    "scan": Scanned,
+    "copy": Copied,
+    "perms": Permitted,
+    "unmount": Unmounted,
+    "cleanup": Cleaned,
+}
+
+# What a stage's manifest is made from, and so what makes it stale when it changes. Not mount.json: mounting again over
+# the same upper layer, after a reboot say, changes nothing of what a later stage found.
+_MADE_FROM: dict[str, tuple[str, ...]] = {
+    "prepare": (),
+    "mount": ("prepare",),
+    "execute": ("prepare",),
+    "scan": ("prepare", "execute"),
+    "copy": ("prepare", "scan"),
+    "perms": ("prepare", "scan", "copy"),
+    "unmount": ("prepare",),
+    "cleanup": ("prepare",),
+}
+
+AnyManifest = TypeVar("AnyManifest", bound=Manifest)
+
+
+def how_to_go_on(run: str) -> str:
+    """Return how to look at, apply or drop the changes of a run that were not copied."""
+    return f"look: doit scan run={run}\napply: doit copy perms unmount cleanup run={run}\ndrop: doit cleanup discard=yes run={run}"
+
+
+class Pipeline:
+    """One run, new or one to go on with.
+
+    A run is locked for this object from the first stage that it performs until `close`.
+    """
+
+    def __init__(
+        self,
+        request: Request | None = None,
+        *,
+        run: str | None = None,
+        discard: bool = False,
+        choices: Mapping[str, object] | None = None,
+    ) -> None:
+        """Begin a new run of a request, or go on with a run: the one of the given id, or the newest open one.
+
+        discard: cleanup drops changes that were not copied. choices: fields of the request, by name, that stand in for
+        what the run was prepared with.
+        """
+        self._request = request
+        self._run = run
+        self._discard = discard
+        self._choices = dict(choices or {})
+        self._folder: Path | None = None
+        self._lock: int | None = None
+        self._read: dict[str, tuple[Manifest, str]] = {}
+        self._failed = False
+
+    @classmethod
+    def of_locked(cls, folder: Path, lock: int, choices: Mapping[str, object]) -> "Pipeline":
+        """Go on with the run in a folder whose lock is held by the given descriptor."""
+        pipeline = cls(choices=choices)
+        pipeline._folder, pipeline._lock = folder, lock
+        return pipeline
+
+    def __enter__(self) -> "Pipeline":
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Release the mounts if a stage failed, and close."""
+        self._failed = self._failed or kind is not None
+        self.close()
+
+    @property
+    def folder(self) -> Path:
+        """The run folder. Raises UsageError when there is no run to go on with."""
+        if self._folder is None:
+            self._open(runs.named(self._run) if self._run else runs.newest_open())
+        assert self._folder is not None
+        return self._folder
+
+    def _open(self, folder: Path) -> None:
+        self._lock = runs.lock(folder)
+        self._folder = folder
+
+    def is_done(self, stage: str) -> bool:
+        """Return whether a stage is done: its manifest is there and was made from the others as they are now."""
+        if self._is_new():
+            return False
+        if not self._path(stage).exists():
+            return False
+        done = self.read(stage, _CLASSES[stage])
+        if isinstance(done, Copied) and not done.complete:
+            return False
+        if isinstance(done, Mounted):
+            return self._is_mounted(done) or self.is_done("execute")
+        if isinstance(done, Unmounted):
+            mounted = self.optional("mount", Mounted)
+            return mounted is None or not self._is_mounted(mounted)
+        return all(self._digest(earlier) == done.made_from.get(earlier) for earlier in _MADE_FROM[stage])
+
+    def _is_new(self) -> bool:
+        return self._request is not None and self._folder is None
+
+    def perform(self, stage: str) -> Manifest | None:
+        """Perform a stage, write its manifest and return it.
+
+        After an error only what must be done nevertheless is done; cleanup, when it would have to drop changes, is not,
+        and returns None.
+
+        Raises what the stage raises; CommandFailedError when the command failed, ConflictError when conflicts stopped
+        copy. After any error the mounts are released when this object is closed.
+        """
+        try:
+            return self._perform(stage)
+        except BaseException:
+            self._failed = True
+            raise
+
+    def _perform(self, stage: str) -> Manifest | None:
+        try:
+            result = self.perform_only(stage)
+        except PermissionError:
+            if stage not in ("scan", "copy", "perms") or not as_owner.is_possible():
+                raise
+            assert self._lock is not None
+            as_owner.perform(stage, self.folder, self._lock, self._choices)
+            self._read.pop(stage, None)
+            result = self.read(stage, _CLASSES[stage])
+        if result is not None:
+            self._check(result)
+        return result
+
+    def perform_only(self, stage: str) -> Manifest | None:
+        """Perform a stage, write its manifest and return it, whatever it tells; None if it was left undone."""
+        started_ns, began = time.time_ns(), time.perf_counter_ns()
+        result: Manifest | None = getattr(self, f"_{stage}")()
+        if result is None:
+            return None
+        duration_ns = time.perf_counter_ns() - began
+        made_from = {earlier: self._digest(earlier) for earlier in _MADE_FROM[stage] if self._path(earlier).exists()}
+        result = attrs.evolve(result, made_from=made_from, started_ns=started_ns, duration_ns=duration_ns)
+        self._read[stage] = result, manifest.write(self._path(stage), result)
+        return result
+
+    def _check(self, result: Manifest) -> None:
+        """Raise the error that a result stands for."""
+        if isinstance(result, Executed) and result.exit_status and self._prepared().request.on_failure == "keep":
+            ended = f"was ended by {result.signal}" if result.signal else f"ended with status {result.exit_status}"
+            ended = "took longer than its timeout" if result.timed_out else ended
+            raise CommandFailedError(
+                f"the command {ended}; its changes are kept in run {result.run} and were not copied",
+                how_to_go_on(result.run),
+                result.exit_status,
+            )
+        if isinstance(result, Copied) and not result.complete:
+            raise ConflictError(
+                "nothing was copied, since somebody else changed what the command changed too:\n"
+                + "\n".join(f"  {conflict.path} {conflict.reason}" for conflict in result.conflicts),
+                "copy the rest: conflicts=skip   copy all, keeping theirs among the originals: conflicts=overwrite\n"
+                + how_to_go_on(result.run),
+            )
+
+    def read(self, stage: str, kind: type[AnyManifest]) -> AnyManifest:
+        """Return the manifest of a stage of this run.
+
+        Raises UsageError when it is missing, or can't be used (ManifestError says why).
+        """
+        if stage not in self._read:
+            if not self._path(stage).exists():
+                raise UsageError(f"run {self.folder.name}: {stage} was not done yet", f"do it first: doit {stage}")
+            try:
+                self._read[stage] = manifest.read(self._path(stage), kind, self.folder.name)
+            except manifest.ManifestError as error:
+                raise UsageError(str(error), "nothing was touched; begin a new run, or mend the file") from error
+        found, _ = self._read[stage]
+        assert isinstance(found, kind)
+        return found
+
+    def optional(self, stage: str, kind: type[AnyManifest]) -> AnyManifest | None:
+        """Return the manifest of a stage of this run, None when it was not done. Raises UsageError."""
+        return self.read(stage, kind) if self._path(stage).exists() else None
+
+    def _path(self, stage: str) -> Path:
+        return self.folder / "manifests" / f"{stage}.json"
+
+    def _digest(self, stage: str) -> str:
+        if not self._path(stage).exists():
+            return ""
+        self.read(stage, _CLASSES[stage])
+        return self._read[stage][1]
+
+    def _prepare(self) -> Prepared:
+        if self._request is None or self._folder is not None:
+            raise UsageError("prepare needs a command", "begin a run with cmd='SHELL COMMAND'")
+        from stages.prepare import prepare
+
+        prepared = prepare(self._request)
+        self._open(Path(prepared.run_folder))
+        return prepared
+
+    def _prepared(self) -> Prepared:
+        """Return what prepare left, with the choices made since."""
+        prepared = self.read("prepare", Prepared)
+        if not self._choices:
+            return prepared
+        return attrs.evolve(prepared, request=attrs.evolve(prepared.request, **self._choices))
+
+    def _mount(self) -> Mounted:
+        from stages.mount import mount
+
+        prepared = self.read("prepare", Prepared)
+        try:
+            return mount(prepared, self.optional("mount", Mounted))
+        except UsageError:
+            if not self._path("execute").exists():
+                self._forget_run()
+            raise
+
+    def _forget_run(self) -> None:
+        """Remove the folder of a run in which nothing has happened yet."""
+        from stages.linux import edits, files
+
+        parent = os.open(self.folder.parent, files.FOLDER_FLAGS)
+        try:
+            edits.remove_tree(parent, self.folder.name)
+        finally:
+            os.close(parent)
+
+    def _mounted(self) -> Mounted:
+        """Return how the overlays are mounted; mount them again if what held them is gone."""
+        mounted = self.read("mount", Mounted)
+        if not self._is_mounted(mounted):
+            self.perform("mount")
+        return self.read("mount", Mounted)
+
+    def _is_mounted(self, mounted: Mounted) -> bool:
+        from stages.linux.namespaces import Namespace
+
+        return Namespace(**attrs.asdict(mounted.holder)).is_alive()
+
+    def _execute(self) -> Executed:
+        from stages.execute import execute
+
+        return execute(self._prepared(), self._mounted())
+
+    def _scan(self) -> Scanned:
+        from stages.scan import scan
+
+        self.read("execute", Executed)
+        if self._path("copy").exists() and self.read("copy", Copied).complete:
+            raise UsageError(f"the changes of run {self.folder.name} were copied already", "begin a new run")
+        return scan(self.read("prepare", Prepared), self.read("mount", Mounted))
+
+    def _copy(self) -> Copied:
+        from stages.copy import copy
+
+        prepared = self._prepared()
+        return copy(prepared, self.read("mount", Mounted), self.read("scan", Scanned))
+
+    def _perms(self) -> Permitted:
+        from stages.perms import perms
+
+        return perms(self._prepared(), self.read("scan", Scanned), self.read("copy", Copied))
+
+    def _unmount(self) -> Unmounted:
+        from stages.unmount import unmount
+
+        return unmount(self.read("prepare", Prepared), self.optional("mount", Mounted))
+
+    def _cleanup(self) -> Cleaned | None:
+        from stages.cleanup import UncopiedError, cleanup
+
+        scanned = self.optional("scan", Scanned) if self.is_done("scan") else None
+        copied = self.optional("copy", Copied)
+        try:
+            return cleanup(self.read("prepare", Prepared), scanned, copied, discard=self._discard)
+        except UncopiedError:
+            if self._failed:
+                return None
+            raise
+
+    def close(self) -> None:
+        """Release the mounts if a stage failed; let others use the run."""
+        if self._folder is None:
+            return
+        try:
+            if self._failed and self._folder.exists() and self._path("prepare").exists():
+                self.perform_only("unmount")
+        finally:
+            self._folder = None
+            if self._lock is not None:
+                os.close(self._lock)
+                self._lock = None

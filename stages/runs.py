@@ -1,0 +1,80 @@
+"""The folders of the runs: where they are, how one is made, found and locked."""
+
+import fcntl
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+
+from stages.errors import AcetateError, UsageError
+
+
+def runs_folder() -> Path:
+    """Return the folder that holds all run folders: ${XDG_CACHE_HOME:-~/.cache}/ollmchat."""
+    # XDG Base Directory Specification: a relative path is to be ignored.
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    base = Path(cache) if cache.startswith("/") else Path.home() / ".cache"
+    return Path(os.path.realpath(base / "ollmchat"))
+
+
+def make_folder() -> Path:
+    """Make a run folder that nobody else can enter, with its manifests folder, and return it.
+
+    Its name holds the time in UTC to the microsecond, so that the names of runs sort by age.
+    """
+    parent = runs_folder()
+    parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    while True:
+        folder = parent / datetime.now(UTC).strftime("overlay-%Y%m%d-%H%M%S-%f")
+        try:
+            folder.mkdir(mode=0o700)
+        except FileExistsError:
+            continue
+        (folder / "manifests").mkdir()
+        return folder
+
+
+def all_folders() -> list[Path]:
+    """Return the folders of all runs, the newest first."""
+    try:
+        names = os.listdir(runs_folder())
+    except FileNotFoundError:
+        return []
+    return [runs_folder() / name for name in sorted(names, reverse=True) if name.startswith("overlay-")]
+
+
+def is_open(folder: Path) -> bool:
+    """Return whether a run was prepared and its changes are neither copied nor dropped for good."""
+    manifests = folder / "manifests"
+    return (manifests / "prepare.json").exists() and not (manifests / "cleanup.json").exists()
+
+
+def newest_open() -> Path:
+    """Return the folder of the newest open run. Raises UsageError when there is none."""
+    for folder in all_folders():
+        if is_open(folder):
+            return folder
+    raise UsageError("there is no open run to go on with", "begin one with cmd='SHELL COMMAND'")
+
+
+def named(run: str) -> Path:
+    """Return the folder of the run with the given id. Raises UsageError when there is none."""
+    folder = runs_folder() / run
+    if "/" in run or not run.startswith("overlay-") or not (folder / "manifests").is_dir():
+        raise UsageError(f"there is no run {run!r}", f"the runs are the folders overlay-… in {runs_folder()}")
+    return folder
+
+
+def lock(folder: Path) -> int:
+    """Lock a run for this process and return the descriptor that holds the lock until it is closed.
+
+    Raises AcetateError when another process works on the run.
+    """
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise AcetateError(
+            f"run {folder.name} is in use by another process", "wait until it is done, or name another run with run=ID"
+        ) from None
+    return descriptor
