@@ -5,7 +5,7 @@ from typing import Literal
 import attrs
 
 from schemas.manifest import Manifest
-from schemas.scan import FolderTimes
+from schemas.scan import FolderTimes, HardLink
 
 
 @attrs.define(kw_only=True)
@@ -36,11 +36,10 @@ class Conflict:
 class Plan(Manifest):
     """What copy is going to do, written down before the first edit.
 
-    escaped: overlay paths of new files with xattrs of the command's own that the overlay keeps under other names; empty
-    once they have their real names.
     staged: overlay names of the roots on another mount than the run folder, into which the new files are copied first,
-    each under the number of its step, in a folder that is gone at the end. brought: whether that was done; new_inode is
-    that of the copy then.
+    each under the number of its step, in a folder that is gone at the end.
+    ready: whether all new files wait as they are to be: with the real names of xattrs that the overlay escaped
+    (`escaped`), linked to live files (`links`), copied where staged. new_inode is that of the copy then.
     """
 
     schema: Literal["acetate/plan/1"]
@@ -48,8 +47,9 @@ class Plan(Manifest):
     folders: list[FolderTimes]
     conflicts: list[Conflict]
     escaped: list[str]
+    links: list[HardLink]
     staged: list[str]
-    brought: bool = False
+    ready: bool = False
 
 
 @attrs.define(kw_only=True)

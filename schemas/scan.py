@@ -65,15 +65,37 @@ class Redirect:
     lower_path: str
 
 
+@attrs.define(kw_only=True)
+class IndexLink:
+    """A path whose file changed by way of another of its names; index_path: where the overlay keeps the changed file."""
+
+    overlay_path: str
+    index_path: str
+
+
+@attrs.define(kw_only=True)
+class HardLink:
+    """A path that became a further name of a file that stays in the live tree at the overlay path `live`."""
+
+    overlay_path: str
+    live: str
+
+
 @attrs.frozen(kw_only=True)
 class Scanned(Manifest):
     """What scan leaves; each list in the order of a walk, every folder before what is in it, names sorted.
+
+    Further names of files that were changed by way of a hard link come last.
 
     A path whose kind changed stands in removed and in added.
     permissions: paths of the same content whose mode, owner, ACL or other xattrs differ.
     untouched: paths that were copied up with content and permissions as before; at most their times differ.
     folders: the folders above changes, and others that were copied up.
     layer_xattrs: overlay paths of what carries xattrs of the overlay, which must not reach the live tree.
+    relinked: paths of the same content that stand for another inode: hard links were made or broken.
+    index_links, hard_links: how names of one file belong together.
+    partners_left: updated paths whose file has further names in the live tree, which keep the old content: the overlay
+    does not tell a file that was written in place from one that was replaced.
     redirects: the folders that were renamed in the overlay; their content stands in the lower layer in part.
     """
 
@@ -86,5 +108,9 @@ class Scanned(Manifest):
     permissions: list[MetadataChange] = attrs.field(factory=list)
     untouched: list[MetadataChange] = attrs.field(factory=list)
     folders: list[FolderTimes] = attrs.field(factory=list)
+    relinked: list[Change] = attrs.field(factory=list)
+    index_links: list[IndexLink] = attrs.field(factory=list)
+    hard_links: list[HardLink] = attrs.field(factory=list)
+    partners_left: list[str] = attrs.field(factory=list)
     layer_xattrs: list[str] = attrs.field(factory=list)
     redirects: list[Redirect] = attrs.field(factory=list)

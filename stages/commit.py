@@ -20,16 +20,19 @@ from stages.linux import copying, edits, files, layer
 Record = Callable[[Plan], None]
 
 
-def apply(prepared: Prepared, plan: Plan, record: Record) -> None:
+def apply(prepared: Prepared, plan: Plan, record: Record, *, xattr_prefix: str) -> None:
     """Take every step of the plan that was not taken yet, then set the times of the folders above.
 
-    record: writes the plan down again when more of it has become known.
+    record: writes the plan down again when all is ready for the first edit of the live tree.
+    xattr_prefix: that of the overlay's own xattrs.
 
     Raises ConflictError when somebody changed a path after the plan was made: then all steps are taken back. OSError.
     """
     with _opened(prepared, plan) as trees:
-        if plan.staged and not plan.brought:
+        if not plan.ready:
+            trees.unescape_xattrs(plan.escaped, xattr_prefix)
             plan = trees.bring(plan)
+            trees.link(plan)
             record(plan)
         _take_all(trees, plan.steps)
         for index, step in enumerate(plan.steps):
@@ -117,7 +120,55 @@ class _Trees:
                     self.copier.copy(*self.store_place(step), staging, name)
                     inode = os.stat(name, dir_fd=staging, follow_symlinks=False).st_ino
             steps.append(attrs.evolve(step, new_inode=inode))
-        return attrs.evolve(plan, steps=steps, brought=True)
+        return attrs.evolve(plan, steps=steps, ready=True)
+
+    def unescape_xattrs(self, overlay_paths: list[str], prefix: str) -> None:
+        """Give xattrs that the command set under the overlay's prefix their real names."""
+        for overlay_path in overlay_paths:
+            parent, _, name = overlay_path.rpartition("/")
+            path = files.entry_path(self.store.open(parent), name)
+            for key in files.list_xattrs(path):
+                real = layer.user_name(key, prefix)
+                if real is not None and real != key:
+                    os.setxattr(path, real, os.getxattr(path, key, follow_symlinks=False), follow_symlinks=False)
+                    os.removexattr(path, key, follow_symlinks=False)
+
+    def link(self, plan: Plan) -> None:
+        """Replace new files that are to be further names of live files by links to those."""
+        numbers = {step.overlay_path: index for index, step in enumerate(plan.steps)}
+        for link in plan.links:
+            overlay, _, relative = link.live.partition("/")
+            parent, _, name = relative.rpartition("/")
+            live = self.live[overlay].open(parent)
+            with self.waiting_place(numbers, link.overlay_path) as (folder, waiting_name):
+                times = os.fstat(folder)
+                temporary = f".acetate-link-{numbers.get(link.overlay_path, 0)}"
+                edits.remove_tree(folder, temporary)
+                os.link(name, temporary, src_dir_fd=live, dst_dir_fd=folder, follow_symlinks=False)
+                os.rename(temporary, waiting_name, src_dir_fd=folder, dst_dir_fd=folder)
+                # rename(2) leaves two names of one file as they are.
+                edits.remove_tree(folder, temporary)
+                os.utime(folder, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+    @contextlib.contextmanager
+    def waiting_place(self, numbers: dict[str, int], overlay_path: str) -> Iterator[tuple[int, str]]:
+        """Open the folder in which a new file waits, which may be deep in that of a step, and give its name."""
+        overlay, _, _ = overlay_path.partition("/")
+        parent, _, name = overlay_path.rpartition("/")
+        if overlay not in self.staged:
+            yield self.store.open(parent), name
+            return
+        step, inner = overlay_path, []
+        while step not in numbers:
+            step, _, below = step.rpartition("/")
+            inner.insert(0, below)
+        with self.staging(overlay) as staging, contextlib.ExitStack() as stack:
+            folder = staging
+            *parents, name = [str(numbers[step]), *inner]
+            for part in parents:
+                folder = files.open_folder(folder, part)
+                stack.callback(os.close, folder)
+            yield folder, name
 
     def take(self, index: int, step: Step) -> bool:
         """Take a step and return True, or False when it was taken before."""

@@ -42,16 +42,13 @@ def copy(prepared: Prepared, mounted: Mounted, scanned: Scanned) -> Copied:
         else:
             _sync(prepared, [prepared.base_path])
             _complete_redirects(mounted, scanned)
+            _complete_index_links(prepared, scanned)
             plan = _Planner(prepared, mounted, scanned).plan()
             if plan.conflicts and prepared.request.conflicts == "stop":
                 return _copied(prepared, plan, complete=False)
             plan = attrs.evolve(plan, escaped=_clear_layer_xattrs(mounted, scanned))
             record(plan)
-        if plan.escaped:
-            _unescape_xattrs(prepared, mounted, plan.escaped)
-            plan = attrs.evolve(plan, escaped=[])
-            record(plan)
-        commit.apply(prepared, plan, record)
+        commit.apply(prepared, plan, record, xattr_prefix=mounted.xattr_prefix)
         _sync(prepared, [root.path for root in prepared.roots])
     return _copied(prepared, plan, complete=True)
 
@@ -132,6 +129,33 @@ def _complete(
     os.utime(upper, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
+def _complete_index_links(prepared: Prepared, scanned: Scanned) -> None:
+    """Put files that changed by way of another of their names into the upper layer under this name too."""
+    roots = {root.overlay: root.path for root in prepared.roots}
+    copier = copying.Copier(lambda name: name)
+    for link in scanned.index_links:
+        overlay, *parents, name = link.overlay_path.split("/")
+        upper = os.open(os.path.join(prepared.base_path, overlay), files.FOLDER_FLAGS)
+        live = os.open(roots[overlay], files.FOLDER_FLAGS)
+        try:
+            for parent in parents:
+                if files.lstat(upper, parent) is None:
+                    os.mkdir(parent, dir_fd=upper)
+                    copier.copy_metadata(live, parent, upper, parent)
+                upper, live = _step_into(upper, parent), _step_into(live, parent)
+            if files.lstat(upper, name) is None:
+                os.link(link.index_path, name, dst_dir_fd=upper, follow_symlinks=False)
+        finally:
+            os.close(upper)
+            os.close(live)
+
+
+def _step_into(folder: int, name: str) -> int:
+    inner = files.open_folder(folder, name)
+    os.close(folder)
+    return inner
+
+
 def _clear_layer_xattrs(mounted: Mounted, scanned: Scanned) -> list[str]:
     """Take the overlay's own xattrs off what goes to the live tree; return the paths that have escaped ones."""
     prefix = mounted.xattr_prefix
@@ -148,19 +172,6 @@ def _clear_layer_xattrs(mounted: Mounted, scanned: Scanned) -> list[str]:
     return escaped
 
 
-def _unescape_xattrs(prepared: Prepared, mounted: Mounted, overlay_paths: list[str]) -> None:
-    """Give xattrs that the command set under the overlay's prefix their real names."""
-    with edits.Folders(prepared.base_path) as upper:
-        for overlay_path in overlay_paths:
-            parent, _, name = overlay_path.rpartition("/")
-            path = files.entry_path(upper.open(parent), name)
-            for key in files.list_xattrs(path):
-                real = layer.user_name(key, mounted.xattr_prefix)
-                if real is not None and real != key:
-                    os.setxattr(path, real, os.getxattr(path, key, follow_symlinks=False), follow_symlinks=False)
-                    os.removexattr(path, key, follow_symlinks=False)
-
-
 class _Planner:
     """Finds the steps that lead from the live tree as it is to the one that the scan lists."""
 
@@ -172,7 +183,7 @@ class _Planner:
         self.baseline = mounted.baseline_ns
         self.removed = {change.path: change for change in scanned.removed}
         self.added = {change.path: change for change in scanned.added}
-        self.roots = {root.overlay: root.path for root in prepared.roots}
+        self.link_targets = {link.overlay_path: link.live for link in scanned.hard_links}
         self.live = {root.overlay: edits.Folders(root.path) for root in prepared.roots}
         self.upper = edits.Folders(prepared.base_path)
         self.steps: list[Step] = []
@@ -183,7 +194,7 @@ class _Planner:
         try:
             for change in _outermost(self.scanned.removed):
                 self.plan_removed(change)
-            for change in self.scanned.updated:
+            for change in [*self.scanned.updated, *self.scanned.relinked]:
                 self.plan_updated(change)
             for change in _outermost(self.scanned.added):
                 if change.path not in self.removed:
@@ -202,6 +213,7 @@ class _Planner:
             folders=folders,
             conflicts=self.conflicts,
             escaped=[],
+            links=self.scanned.hard_links,
             staged=self.staged,
         )
 
@@ -273,7 +285,7 @@ class _Planner:
             folder, status = self.find_new(new.overlay_path)
             if files.kind(status) != new.kind:
                 raise AcetateError(f"{new.overlay_path} is no {new.kind} in the upper layer", "run the scan again")
-            new_inode = status.st_ino
+            new_inode = self.inode_of_link(new.overlay_path) or status.st_ino
             if new.kind == "folder":
                 self.check_whole(folder, new)
         self.steps.append(
@@ -285,6 +297,13 @@ class _Planner:
                 old_ctime_ns=old.st_ctime_ns if old else 0,
             )
         )
+
+    def inode_of_link(self, overlay_path: str) -> int:
+        """Return the inode number of the live file that a path becomes a name of, 0 if it becomes none."""
+        if overlay_path not in self.link_targets:
+            return 0
+        _, status = self.find(self.link_targets[overlay_path])
+        return status.st_ino if status else 0
 
     def check_whole(self, parent: int, change: Change) -> None:
         """See that a new folder in the upper layer holds just what the scan lists, whiteouts aside, which are dropped."""

@@ -9,7 +9,7 @@ import attrs
 
 from schemas.mount import Mounted
 from schemas.prepare import Metadata, Prepared, RootFolder
-from schemas.scan import Change, FolderTimes, MetadataChange, Redirect, Scanned
+from schemas.scan import Change, FolderTimes, HardLink, IndexLink, MetadataChange, Redirect, Scanned
 from stages.errors import AcetateError
 from stages.linux import files, layer
 
@@ -47,12 +47,25 @@ class _Place(NamedTuple):
 
 
 class _Entry(NamedTuple):
-    """A name in the merged view, and which folder holds what stands there."""
+    """A name in the merged view, and which folder holds what stands there, under which name."""
 
     name: str
     status: os.stat_result
     folder: int
+    source: str
     in_upper: bool
+
+
+class _Name(NamedTuple):
+    """One name of a file of several names in the upper layer.
+
+    live: the live file there if it stays, as its content did not change; None for a name that was added or updated.
+    """
+
+    path: str
+    overlay_path: str
+    status: os.stat_result
+    live: os.stat_result | None
 
 
 @attrs.define
@@ -63,6 +76,7 @@ class _Scan:
     root_folder: RootFolder
     prefix: str
     lower_root: int = -1
+    names: dict[int, list[_Name]] = attrs.field(factory=dict)
 
     def root(self) -> None:
         upper = os.open(self.root_folder.upper, files.FOLDER_FLAGS)
@@ -73,6 +87,8 @@ class _Scan:
                 place = _Place(self.root_folder.path, self.root_folder.overlay, upper, live, live, marks)
                 self.root_metadata(upper, live)
                 self.folder(place)
+                self.index_partners(place)
+                self.group_names()
             finally:
                 os.close(live)
         finally:
@@ -119,13 +135,13 @@ class _Scan:
                     if self.is_whiteout(place, found.name, status):
                         whiteouts.add(found.name)
                     else:
-                        shown[found.name] = _Entry(found.name, status, place.upper, in_upper=True)
+                        shown[found.name] = _Entry(found.name, status, place.upper, found.name, in_upper=True)
         if place.lower is not None and place.lower != place.live:
             with os.scandir(place.lower) as entries:
                 for found in entries:
                     if found.name not in shown and found.name not in whiteouts:
                         status = found.stat(follow_symlinks=False)
-                        shown[found.name] = _Entry(found.name, status, place.lower, in_upper=False)
+                        shown[found.name] = _Entry(found.name, status, place.lower, found.name, in_upper=False)
         return shown
 
     def hidden(self, place: _Place, shown: dict[str, _Entry]) -> list[str]:
@@ -203,10 +219,16 @@ class _Scan:
     ) -> None:
         """List a path that is of one kind in the merged view and in the live tree."""
         assert place.live is not None
-        if not stat.S_ISDIR(status.st_mode) and not self.same_content(place.live, entry, status):
-            self.note_layer_xattrs(entry, overlay_path)
-            self.scanned.updated.append(self.change(path, overlay_path, entry.status, status))
-            return
+        if not stat.S_ISDIR(status.st_mode):
+            names = self.note_layer_xattrs(entry, overlay_path)
+            if not self.same_content(place.live, entry, status):
+                self.updated(path, overlay_path, entry, status)
+                return
+            if self.is_replaced(entry, status, names):
+                self.scanned.relinked.append(self.change(path, overlay_path, entry.status, status))
+                self.note_name(path, overlay_path, entry, None)
+            else:
+                self.note_name(path, overlay_path, entry, status)
         before = self.live_metadata(place.live, entry.name, status)
         after = self.entry_metadata(entry)
         self.metadata(path, overlay_path, status, before, after)
@@ -216,16 +238,108 @@ class _Scan:
     def same_content(self, live: int, entry: _Entry, status: os.stat_result) -> bool:
         if entry.status.st_size != status.st_size and not stat.S_ISFIFO(status.st_mode):
             return False
-        return files.same_content(entry.folder, live, entry.name)
+        return files.same_content(entry.folder, live, entry.source, entry.name)
+
+    def is_replaced(self, entry: _Entry, status: os.stat_result, xattrs: list[str]) -> bool:
+        """Return whether a file of the same content as the live one is another file, and that can be seen by its links.
+
+        In a user namespace a file of several names has no mark when it is copied up, so this can't be told there.
+        """
+        linked = status.st_nlink > 1 and entry.in_upper and layer.keeps_links(self.prefix)
+        return linked and not layer.is_copy(xattrs, self.prefix)
 
     def added(self, path: str, overlay_path: str, entry: _Entry) -> None:
         self.note_layer_xattrs(entry, overlay_path)
+        self.note_name(path, overlay_path, entry, None)
         self.scanned.added.append(self.change(path, overlay_path, entry.status, None))
 
-    def note_layer_xattrs(self, entry: _Entry, overlay_path: str) -> None:
-        if not entry.in_upper:
+    def updated(self, path: str, overlay_path: str, entry: _Entry, status: os.stat_result) -> None:
+        self.note_name(path, overlay_path, entry, None)
+        self.scanned.updated.append(self.change(path, overlay_path, entry.status, status))
+        if status.st_nlink > 1 and not layer.keeps_links(self.prefix):
+            self.scanned.partners_left.append(path)
+
+    def note_name(self, path: str, overlay_path: str, entry: _Entry, live: os.stat_result | None) -> None:
+        """Note a name of a file of several names."""
+        if entry.in_upper and entry.status.st_nlink > 1 and not stat.S_ISDIR(entry.status.st_mode):
+            self.names.setdefault(entry.status.st_ino, []).append(_Name(path, overlay_path, entry.status, live))
+
+    def group_names(self) -> None:
+        """List the names that must become further names of a live file: other names of it kept their content."""
+        for names in self.names.values():
+            kept = next((name for name in names if name.live), None)
+            if kept is None or kept.live is None:
+                continue
+            for name in names:
+                if name.live is None or name.live.st_ino != kept.live.st_ino:
+                    link = HardLink(overlay_path=name.overlay_path, live=kept.overlay_path)
+                    self.scanned.hard_links.append(link)
+                    if name.live is not None:
+                        change = self.change(name.path, name.overlay_path, name.status, name.live)
+                        self.scanned.relinked.append(change)
+
+    def index_partners(self, place: _Place) -> None:
+        """List the lower names of files that were changed by way of another of their names.
+
+        Only the inode numbers of the live tree's folders are read, and only if there are such files.
+        """
+        names = layer.index_files(self.root_folder.work) if layer.keeps_links(self.prefix) else []
+        found = {layer.lower_inode(name, self.lower_root): name for name in names}
+        found.pop(None, None)
+        if not found:
             return
-        names = files.list_xattrs(files.entry_path(entry.folder, entry.name))
+        index = os.open(os.path.join(self.root_folder.work, "index"), files.FOLDER_FLAGS)
+        try:
+            self.partners_in(place, index, {inode: name for inode, name in found.items() if inode is not None})
+        finally:
+            os.close(index)
+
+    def partners_in(self, place: _Place, index: int, found: dict[int, str]) -> None:
+        assert place.live is not None
+        with os.scandir(place.live) as entries:
+            below = sorted(entries, key=lambda entry: entry.name)
+        for entry in below:
+            path, overlay_path = f"{place.path}/{entry.name}", f"{place.overlay_path}/{entry.name}"
+            if entry.is_dir(follow_symlinks=False):
+                self.partners_below(place, entry.name, index, found)
+            elif entry.inode() in found and files.lstat(place.upper, entry.name) is None:
+                name = found[entry.inode()]
+                status = os.stat(name, dir_fd=index, follow_symlinks=False)
+                partner = _Entry(entry.name, status, index, name, in_upper=False)
+                before = len(self.scanned.updated)
+                self.compare(place, partner, path, overlay_path, entry.stat(follow_symlinks=False))
+                if len(self.scanned.updated) > before:
+                    index_path = os.path.join(self.root_folder.work, "index", name)
+                    self.scanned.index_links.append(IndexLink(overlay_path=overlay_path, index_path=index_path))
+                    self.scanned.layer_xattrs.append(overlay_path)
+                    if place.upper is None:
+                        folder = os.fstat(place.live)
+                        self.folder_times(place.path, place.overlay_path, folder, _metadata(folder, {}))
+
+    def partners_below(self, place: _Place, name: str, index: int, found: dict[int, str]) -> None:
+        assert place.live is not None
+        path, overlay_path = f"{place.path}/{name}", f"{place.overlay_path}/{name}"
+        status = files.lstat(place.upper, name)
+        if status is not None and not stat.S_ISDIR(status.st_mode):
+            return
+        descriptors = [files.open_folder(place.live, name)]
+        try:
+            if status is not None and place.upper is not None:
+                descriptors.append(files.open_folder(place.upper, name))
+                marks = self.marks(descriptors[1], overlay_path)
+                if marks.opaque or marks.redirect is not None:
+                    return
+            upper = descriptors[1] if status is not None else None
+            self.partners_in(_Place(path, overlay_path, upper, None, descriptors[0], None), index, found)
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+
+    def note_layer_xattrs(self, entry: _Entry, overlay_path: str) -> list[str]:
+        """Note a path with xattrs of the overlay, and return the names of all that it has."""
+        if not entry.in_upper:
+            return []
+        names = files.list_xattrs(files.entry_path(entry.folder, entry.source))
         if any(name.startswith(self.prefix) for name in names):
             if not stat.S_ISDIR(entry.status.st_mode):
                 try:
@@ -233,6 +347,7 @@ class _Scan:
                 except layer.UnknownLayerError as error:
                     raise self.not_understood(overlay_path, error) from error
             self.scanned.layer_xattrs.append(overlay_path)
+        return names
 
     def removed(self, path: str, overlay_path: str, folder: int | None, name: str, status: os.stat_result) -> None:
         """List a live path and everything below it as removed."""
@@ -299,7 +414,7 @@ class _Scan:
 
     def entry_metadata(self, entry: _Entry) -> Metadata:
         read = self.layer_metadata if entry.in_upper else self.live_metadata
-        return read(entry.folder, entry.name, entry.status)
+        return read(entry.folder, entry.source, entry.status)
 
     def live_metadata(self, folder: int, name: str, status: os.stat_result) -> Metadata:
         attributes = files.xattrs(folder, name)

@@ -23,6 +23,8 @@ _KEPT_CAPABILITIES = (
     "CAP_SETUID",
     "CAP_SYS_CHROOT",
 )
+# Root may write to these by the mode of their files alone, with no capability; bwrap itself leaves them as they are.
+_KERNEL_SETTINGS = ("/proc/acpi", "/proc/bus", "/proc/fs", "/proc/irq", "/proc/scsi", "/proc/sys", "/proc/sysrq-trigger")
 _TEMPORARY_FOLDER_VARIABLES = ("TMPDIR", "TMP", "TEMP")
 
 
@@ -73,6 +75,8 @@ def argv(sandbox: Sandbox, command: Sequence[str], *, status_fd: int, environmen
 def _file_system(sandbox: Sandbox) -> list[str]:
     # bwrap's binds are recursive and go with nosuid and nodev: every mount below / becomes read-only.
     words = ["--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc", "--perms", "1777", "--tmpfs", "/tmp"]
+    if os.geteuid() == 0:
+        words += [word for path in _KERNEL_SETTINGS for word in ("--ro-bind-try", path, path)]
     for folder in sandbox.hidden:
         words += ["--tmpfs", folder]
     # After the masks, so that a root may lie in a masked folder; before the masks become read-only, since bwrap makes

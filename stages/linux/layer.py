@@ -3,8 +3,10 @@
 Source of all that is said here: the kernel's Documentation/filesystems/overlayfs.rst and fs/overlayfs/.
 """
 
+import ctypes
 import os
 import stat
+import struct
 
 import attrs
 
@@ -102,3 +104,55 @@ def user_name(name: str, prefix: str) -> str | None:
     if name.startswith(_ESCAPE, len(prefix)):
         return prefix + name[len(prefix) + len(_ESCAPE) :]
     return None
+
+
+def index_files(work: str) -> list[str]:
+    """Return the names in a work folder's index (option index=on), one for each file of several names copied up.
+
+    Each is a hard link to the copy in the upper layer; its name is the file handle of the original in the lower one.
+    """
+    try:
+        with os.scandir(os.path.join(work, "index")) as entries:
+            return [entry.name for entry in entries if entry.is_file(follow_symlinks=False)]
+    except FileNotFoundError:
+        return []
+
+
+def lower_inode(index_name: str, lower: int) -> int | None:
+    """Return the inode number of the lower file that an index name stands for, None when it is gone.
+
+    lower: descriptor of any folder on the lower file system. Takes CAP_DAC_READ_SEARCH (open_by_handle_at(2)).
+
+    Raises UnknownLayerError for a name of another form than struct ovl_fb of fs/overlayfs/overlayfs.h.
+    """
+    try:
+        raw = bytes.fromhex(index_name)
+        _version, magic, length, _flags, handle_type = struct.unpack_from("5B", raw)
+    except (ValueError, struct.error) as error:
+        raise UnknownLayerError(f"index entry {index_name}") from error
+    if magic != _HANDLE_MAGIC or length != len(raw):
+        raise UnknownLayerError(f"index entry {index_name}")
+    handle = raw[_HANDLE_START:]
+    file_handle = struct.pack(f"Ii{len(handle)}s", len(handle), handle_type, handle)
+    libc = ctypes.CDLL(None, use_errno=True)
+    descriptor = libc.open_by_handle_at(lower, ctypes.create_string_buffer(file_handle), os.O_PATH | os.O_CLOEXEC)
+    if descriptor < 0:
+        return None
+    try:
+        return os.fstat(descriptor).st_ino
+    finally:
+        os.close(descriptor)
+
+
+_HANDLE_MAGIC = 0xFB
+_HANDLE_START = 5 + 16  # the head and the UUID of the lower file system
+
+
+def keeps_links(prefix: str) -> bool:
+    """Return whether the overlay keeps the hard links of the lower layer: with index=on, granted with trusted xattrs."""
+    return prefix.startswith("trusted.")
+
+
+def is_copy(names: list[str], prefix: str) -> bool:
+    """Return whether a file of the upper layer with these xattrs was copied up from the lower one."""
+    return prefix + "origin" in names or prefix + "nlink" in names
