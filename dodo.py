@@ -15,11 +15,12 @@ def _options() -> Mapping[str, str]:
 
 
 SESSION = Session(_options, get_initial_workdir)
+REPORTER = Reporter(SESSION)
 
 DOIT_CONFIG = {
     "default_tasks": ["prepare", "mount", "execute", "scan", "copy", "perms", "unmount", "cleanup"],
     "continue": True,
-    "reporter": Reporter(SESSION),
+    "reporter": REPORTER,
     # What is done is told by the manifests: doit's own database would be one more thing to keep true, and to lock.
     "backend": "sqlite3",
     "dep_file": ":memory:",

@@ -44,5 +44,5 @@ class Mounted(Manifest):
     schema: Literal["acetate/mount/1"]
     holder: Holder
     mounts: list[OverlayMount]
-    xattr_prefix: str
+    xattr_prefix: Literal["trusted.overlay.", "user.overlay."]
     baseline_ns: dict[str, int]

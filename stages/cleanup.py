@@ -7,12 +7,8 @@ from schemas.cleanup import Cleaned
 from schemas.copy import Copied
 from schemas.prepare import Prepared
 from schemas.scan import Scanned
-from stages.errors import AcetateError
+from stages.errors import UncopiedError
 from stages.linux import edits, files
-
-
-class UncopiedError(AcetateError):
-    """There are changes that were not copied."""
 
 
 def cleanup(prepared: Prepared, scanned: Scanned | None, copied: Copied | None, *, discard: bool) -> Cleaned:
@@ -24,10 +20,7 @@ def cleanup(prepared: Prepared, scanned: Scanned | None, copied: Copied | None, 
     """
     done = copied.done if copied and copied.complete else None
     if done is None and not discard and _holds_changes(prepared, scanned):
-        raise UncopiedError(
-            f"the changes of run {prepared.run} were not copied",
-            f"copy them: doit copy run={prepared.run}   drop them: doit cleanup discard=yes run={prepared.run}",
-        )
+        raise UncopiedError(f"the changes of run {prepared.run} were not copied", prepared.run)
     folder = Path(prepared.run_folder)
     originals = folder / "originals"
     if done and not originals.exists() and any(step.original for step in done):

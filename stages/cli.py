@@ -81,6 +81,7 @@ def _run(options: argparse.Namespace, argv: list[str] | None) -> int:
         "argv": argv,
     }
     dodo.SESSION.begin(request.pipeline({name: value for name, value in named.items() if value is not None}, os.getcwd()))
+    dodo.REPORTER.go_on, dodo.REPORTER.discard = "acetate {stages} --run {run}", "--discard"
     words = ["run", *(["--single", "--always"] if options.again else [])]
     # No configuration file: those of the current folder belong to the project, which is not to be trusted.
     doit = DoitMain(ModuleTaskLoader(dodo), config_filenames=())

@@ -178,7 +178,7 @@ class _Trees:
         if inode == step.new_inode:
             return False
         if inode != step.old_inode:
-            raise ConflictError(f"{step.path} was replaced by somebody else during the copy")
+            raise ConflictError(f"{step.path} was replaced by somebody else during the copy", self.run)
         with self.slot(index, step) as (folder, slot_name):
             waiting = files.lstat(folder, slot_name)
             if waiting is not None and layer.is_whiteout_device(waiting):

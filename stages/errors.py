@@ -27,16 +27,32 @@ class UsageError(AcetateError):
     exit_status = 2
 
 
-class ConflictError(AcetateError):
-    """Somebody else changed paths of the changeset after the overlay was mounted."""
+class KeptError(AcetateError):
+    """An error after which the changes of a run are kept, to be looked at, copied or dropped.
+
+    run: the run's id.
+    """
+
+    def __init__(self, message: str, run: str, hint: str = "") -> None:
+        """Keep the run's id with the message."""
+        super().__init__(message, hint)
+        self.run = run
+
+
+class ConflictError(KeptError):
+    """Somebody else changed paths of the changeset after the overlay was mounted; nothing was copied."""
 
     exit_status = 3
 
 
-class CommandFailedError(AcetateError):
-    """The user's command ended with another status than 0; its changes were neither copied nor lost."""
+class CommandFailedError(KeptError):
+    """The user's command ended with another status than 0."""
 
-    def __init__(self, message: str, hint: str, exit_status: int) -> None:
+    def __init__(self, message: str, run: str, exit_status: int) -> None:
         """Keep the command's own status as the status to end with."""
-        super().__init__(message, hint)
+        super().__init__(message, run)
         self.exit_status = exit_status
+
+
+class UncopiedError(KeptError):
+    """Cleanup would drop changes that were not copied."""

@@ -20,7 +20,7 @@ from schemas.prepare import Prepared, Request
 from schemas.scan import Scanned
 from schemas.unmount import Unmounted
 from stages import as_owner, runs
-from stages.errors import CommandFailedError, ConflictError, UsageError
+from stages.errors import CommandFailedError, ConflictError, UncopiedError, UsageError
 
 STAGES = ("prepare", "mount", "execute", "scan", "copy", "perms", "unmount", "cleanup")
 
@@ -49,11 +49,6 @@ _MADE_FROM: dict[str, tuple[str, ...]] = {
 }
 
 AnyManifest = TypeVar("AnyManifest", bound=Manifest)
-
-
-def how_to_go_on(run: str) -> str:
-    """Return how to look at, apply or drop the changes of a run that were not copied."""
-    return f"look: doit scan run={run}\napply: doit copy perms unmount cleanup run={run}\ndrop: doit cleanup discard=yes run={run}"
 
 
 class Pipeline:
@@ -180,16 +175,14 @@ class Pipeline:
             ended = f"was ended by {result.signal}" if result.signal else f"ended with status {result.exit_status}"
             ended = "took longer than its timeout" if result.timed_out else ended
             raise CommandFailedError(
-                f"the command {ended}; its changes are kept in run {result.run} and were not copied",
-                how_to_go_on(result.run),
-                result.exit_status,
+                f"the command {ended}; its changes were not copied", result.run, result.exit_status
             )
         if isinstance(result, Copied) and not result.complete:
             raise ConflictError(
                 "nothing was copied, since somebody else changed what the command changed too:\n"
                 + "\n".join(f"  {conflict.path} {conflict.reason}" for conflict in result.conflicts),
-                "copy the rest: conflicts=skip   copy all, keeping theirs among the originals: conflicts=overwrite\n"
-                + how_to_go_on(result.run),
+                result.run,
+                "conflicts=skip copies the rest; conflicts=overwrite copies all and keeps theirs among the originals",
             )
 
     def read(self, stage: str, kind: type[AnyManifest]) -> AnyManifest:
@@ -201,12 +194,23 @@ class Pipeline:
             if not self._path(stage).exists():
                 raise UsageError(f"run {self.folder.name}: {stage} was not done yet", f"do it first: doit {stage}")
             try:
-                self._read[stage] = manifest.read(self._path(stage), kind, self.folder.name)
+                self._read[stage] = self._read_checked(stage, kind)
             except manifest.ManifestError as error:
-                raise UsageError(str(error), "nothing was touched; begin a new run, or mend the file") from error
+                raise UsageError(str(error), f"nothing was touched; remove the file to have {stage} done again") from error
         found, _ = self._read[stage]
         assert isinstance(found, kind)
         return found
+
+    def _read_checked(self, stage: str, kind: type[Manifest]) -> tuple[Manifest, str]:
+        from schemas import checks
+
+        file = str(self._path(stage))
+        found, digest = manifest.read(self._path(stage), kind, self.folder.name)
+        if isinstance(found, Prepared):
+            checks.check_prepared(found, str(self.folder), file)
+        else:
+            checks.check(found, self.read("prepare", Prepared), file)
+        return found, digest
 
     def optional(self, stage: str, kind: type[AnyManifest]) -> AnyManifest | None:
         """Return the manifest of a stage of this run, None when it was not done. Raises UsageError."""
@@ -222,8 +226,8 @@ class Pipeline:
         return self._read[stage][1]
 
     def _prepare(self) -> Prepared:
-        if self._request is None or self._folder is not None:
-            raise UsageError("prepare needs a command", "begin a run with cmd='SHELL COMMAND'")
+        if self._request is None:
+            raise UsageError(f"run {self.folder.name} was prepared already", "begin a new one with cmd='SHELL COMMAND'")
         from stages.prepare import prepare
 
         prepared = prepare(self._request)
@@ -300,7 +304,7 @@ class Pipeline:
         return unmount(self.read("prepare", Prepared), self.optional("mount", Mounted))
 
     def _cleanup(self) -> Cleaned | None:
-        from stages.cleanup import UncopiedError, cleanup
+        from stages.cleanup import cleanup
 
         scanned = self.optional("scan", Scanned) if self.is_done("scan") else None
         copied = self.optional("copy", Copied)

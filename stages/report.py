@@ -10,6 +10,7 @@ from doit.exceptions import BaseFail, TaskFailed, UnmetDependency
 from schemas.copy import Copied
 from schemas.perms import Permitted
 from schemas.scan import Change, Scanned
+from stages import runs
 from stages.session import Session
 
 
@@ -17,8 +18,13 @@ class Reporter:
     """Tells what happened on stderr; the list of changes, when it was asked for, on stdout."""
 
     def __init__(self, session: Session) -> None:
-        """Report of the given session."""
+        """Report of the given session.
+
+        go_on, discard: how the user calls stages of a given run, and drops changes.
+        """
         self._session = session
+        self.go_on = "doit {stages} run={run}"
+        self.discard = "discard=yes"
         self._last = ""
 
     def initialize(self, _tasks: object, selected: list[str]) -> None:
@@ -68,8 +74,18 @@ class Reporter:
         """Show the errors last, and end with the session's exit status, which says more than doit's own."""
         for message in self._session.errors:
             _tell(message)
+        if self._session.kept_run and runs.is_open(runs.runs_folder() / self._session.kept_run):
+            _tell("\n".join(self._how_to_go_on(self._session.kept_run)))
         if self._session.exit_status:
             raise SystemExit(self._session.exit_status)
+
+    def _how_to_go_on(self, run: str) -> Iterator[str]:
+        for what, stages in (
+            ("look:  ", "scan"),
+            ("apply: ", "copy perms unmount cleanup"),
+            ("drop:  ", f"cleanup {self.discard}"),
+        ):
+            yield f"{what}{self.go_on.format(stages=stages, run=run)}"
 
     def _show(self, stage: str) -> None:
         pipeline = self._session.pipeline

@@ -10,7 +10,7 @@ from doit.exceptions import TaskFailed
 from schemas.execute import Executed
 from schemas.manifest import ManifestError
 from stages import request
-from stages.errors import AcetateError
+from stages.errors import AcetateError, KeptError
 from stages.pipeline import Pipeline
 
 
@@ -18,6 +18,7 @@ class Session:
     """What the tasks of one call share.
 
     exit_status: the status that the call is to end with; the first error decides.
+    errors: what to tell the user at the end. kept_run: the run whose changes are kept after an error, or None.
     """
 
     def __init__(self, options: Callable[[], Mapping[str, str]], folder: Callable[[], str]) -> None:
@@ -25,8 +26,10 @@ class Session:
         self._options = options
         self._folder = folder
         self._pipeline: Pipeline | None = None
+        self._refused: dict[str, Exception] = {}
         self.exit_status = 0
         self.errors: list[str] = []
+        self.kept_run: str | None = None
 
     def begin(self, pipeline: Pipeline) -> None:
         """Let the tasks work on the given pipeline."""
@@ -50,20 +53,25 @@ class Session:
         }
 
     def is_done(self, stage: str) -> bool:
-        """Return whether the stage is done; an error is left to `perform`, which reports it."""
+        """Return whether the stage is done; an error is kept for `perform`, which reports it."""
         try:
             return self.pipeline.is_done(stage)
-        except (AcetateError, OSError):
+        except (AcetateError, OSError) as error:
+            self._refused[stage] = error
             return False
 
     def perform(self, stage: str) -> TaskFailed | None:
         """Perform a stage; return a failure for doit when it failed."""
         try:
             end_on_signals()
+            if stage in self._refused:
+                raise self._refused[stage]
             result = self.pipeline.perform(stage)
             if isinstance(result, Executed):
                 self.exit_status = self.exit_status or result.exit_status
         except AcetateError as error:
+            if isinstance(error, KeptError):
+                self.kept_run = error.run
             return self._fail(str(error), error.exit_status)
         except (OSError, ManifestError) as error:
             return self._fail(f"{stage} failed: {error}", 1)

@@ -11,14 +11,17 @@ import select
 import signal
 import subprocess
 from pathlib import Path
+from typing import Literal
 
 import attrs
 
 HOLDER_VARIABLE = "ACETATE_HOLDS"
 """Environment variable of a holder that names the run folder it holds mounts of."""
 
-_TRUSTED_PREFIX = "trusted.overlay."
-_USER_PREFIX = "user.overlay."
+XattrPrefix = Literal["trusted.overlay.", "user.overlay."]
+
+_TRUSTED_PREFIX: XattrPrefix = "trusted.overlay."
+_USER_PREFIX: XattrPrefix = "user.overlay."
 
 
 class NamespaceError(Exception):
@@ -143,7 +146,7 @@ def overlay_options(namespace: Namespace) -> list[str]:
     return ["volatile", "userxattr"]
 
 
-def xattr_prefix(namespace: Namespace) -> str:
+def xattr_prefix(namespace: Namespace) -> XattrPrefix:
     """Return the prefix of the names under which overlays of the namespace keep their own xattrs."""
     identity_map = Path("/proc/self/uid_map").read_text().split() == ["0", "0", "4294967295"]
     return _TRUSTED_PREFIX if identity_map and not namespace.user_namespace else _USER_PREFIX
