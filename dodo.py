@@ -66,3 +66,8 @@ def task_unmount() -> dict[str, Any]:
 def task_cleanup() -> dict[str, Any]:
     """Remove the overlay's folders; refuses to drop changes that were not copied, but for discard=yes."""
     return SESSION.task("cleanup", after="unmount")
+
+
+def task_undo() -> dict[str, Any]:
+    """Put the live tree back to before the copy of the newest run; once more: make the copy again."""
+    return SESSION.task("undo", after=None)

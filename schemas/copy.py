@@ -8,6 +8,9 @@ from schemas.manifest import Manifest
 from schemas.scan import FolderTimes, HardLink
 
 
+PLAN_FILE = "copy.plan.json"
+
+
 @attrs.define(kw_only=True)
 class Step:
     """One exchange between the live tree and the run folder; either side may be empty.
@@ -34,22 +37,30 @@ class Conflict:
 
 @attrs.frozen(kw_only=True)
 class Plan(Manifest):
-    """What copy is going to do, written down before the first edit.
+    """What copy or undo is going to do, written down before the first edit.
 
+    direction: what the live tree will be.
+    checked_ns: by overlay name, the newest ctime that a file not changed since the planning can have (see mount.json).
+    xattr_prefix: that of the overlay's own xattrs.
     staged: overlay names of the roots on another mount than the run folder, into which the new files are copied first,
     each under the number of its step, in a folder that is gone at the end.
     ready: whether all new files wait as they are to be: with the real names of xattrs that the overlay escaped
-    (`escaped`), linked to live files (`links`), copied where staged. new_inode is that of the copy then.
+    (`escaped`), linked to live files (`links`), copied where staged. new_inode is that of the copy then, and ready_ns
+    the newest ctime that a new file not changed since then can have.
     """
 
     schema: Literal["acetate/plan/1"]
+    direction: Literal["copied", "undone", "redone"]
     steps: list[Step]
     folders: list[FolderTimes]
     conflicts: list[Conflict]
+    checked_ns: dict[str, int]
+    xattr_prefix: Literal["trusted.overlay.", "user.overlay."]
     escaped: list[str]
     links: list[HardLink]
     staged: list[str]
     ready: bool = False
+    ready_ns: dict[str, int] = attrs.field(factory=dict)
 
 
 @attrs.define(kw_only=True)
@@ -69,6 +80,7 @@ class Copied(Manifest):
     """What copy leaves.
 
     complete: False when conflicts stopped it, and nothing was copied.
+    ended_ns: by overlay name, the newest ctime that a file not changed since then can have (see mount.json).
     originals: the folder that keeps the originals by overlay path, until cleanup moves it.
     """
 
@@ -77,3 +89,4 @@ class Copied(Manifest):
     done: list[Done]
     conflicts: list[Conflict]
     originals: str
+    ended_ns: dict[str, int]

@@ -28,8 +28,12 @@ class Refused:
 
 @attrs.frozen(kw_only=True)
 class Permitted(Manifest):
-    """What perms leaves."""
+    """What perms leaves.
+
+    ended_ns: by overlay name, the newest ctime that a file not changed since then can have (see mount.json).
+    """
 
     schema: Literal["acetate/perms/1"]
     done: list[MetadataSet]
     refused: list[Refused]
+    ended_ns: dict[str, int]

@@ -12,7 +12,7 @@ from stages.linux import edits, files
 
 
 def cleanup(prepared: Prepared, scanned: Scanned | None, copied: Copied | None, *, discard: bool) -> Cleaned:
-    """Remove upper, work and merged; keep the originals, if there are any, in their own folder for undo.
+    """Remove upper, work and merged; keep what undo needs in a folder of its own.
 
     scanned, copied: what these stages left, if they ran. discard: drop changes that were not copied.
 
@@ -23,7 +23,7 @@ def cleanup(prepared: Prepared, scanned: Scanned | None, copied: Copied | None, 
         raise UncopiedError(f"the changes of run {prepared.run} were not copied", prepared.run)
     folder = Path(prepared.run_folder)
     originals = folder / "originals"
-    if done and not originals.exists() and any(step.original for step in done):
+    if done and not originals.exists():
         Path(prepared.base_path).rename(originals)
     run = os.open(folder, files.FOLDER_FLAGS)
     removed = [name for name in ("upper", "work", "merged") if (folder / name).exists()]

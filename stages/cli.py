@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("stages", nargs="+", choices=("run", *_STAGES), metavar="STAGE", help=", ".join(_STAGES))
+    parser.add_argument("stages", nargs="+", choices=("run", *_STAGES, "undo"), metavar="STAGE", help=", ".join(_STAGES))
     parser.add_argument("--root", action="append", metavar="DIR", help="folder that the command may write to (default: .)")
     parser.add_argument("--spec", metavar="FILE", help="read the request from a JSON or TOML file")
     parser.add_argument("--network", action="store_true", help="let the command use the network")

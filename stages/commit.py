@@ -7,62 +7,98 @@ the staging folder is removed.
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+import stat
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Literal
 
 import attrs
 
-from schemas.copy import Plan, Step
+from schemas.copy import Conflict, Done, Plan, Step
 from schemas.prepare import Prepared
-from stages.errors import ConflictError
-from stages.linux import copying, edits, files, layer
+from schemas.scan import FolderTimes
+from stages.linux import clock, copying, edits, files, layer
 
 Record = Callable[[Plan], None]
+OnConflict = Literal["stop", "skip", "overwrite"]
 
 
-def apply(prepared: Prepared, plan: Plan, record: Record, *, xattr_prefix: str) -> None:
+class Interfered(Exception):  # noqa: N818 - an event, told to the caller of `apply` as a conflict
+    """Somebody changed a path between the plan and its edit."""
+
+    def __init__(self, path: str) -> None:
+        """Keep the path."""
+        super().__init__(path)
+        self.conflict = Conflict(path=path, reason="was changed during the copy")
+
+
+def apply(prepared: Prepared, plan: Plan, record: Record, *, store: str, on_conflict: OnConflict) -> Plan:
     """Take every step of the plan that was not taken yet, then set the times of the folders above.
 
     record: writes the plan down again when all is ready for the first edit of the live tree.
-    xattr_prefix: that of the overlay's own xattrs.
+    store: the folder with the other side of each step, by overlay path.
+    on_conflict: what to do when somebody changed a path after the plan was made.
 
-    Raises ConflictError when somebody changed a path after the plan was made: then all steps are taken back. OSError.
+    Returns the plan as it was carried out: with the conflicts met, and without the steps that they kept from being
+    taken. Raises Interfered when on_conflict is "stop": then all steps are taken back. OSError.
     """
-    with _opened(prepared, plan) as trees:
+    with _opened(prepared, plan, store) as trees:
         if not plan.ready:
-            trees.unescape_xattrs(plan.escaped, xattr_prefix)
+            trees.unescape_xattrs(plan.escaped, plan.xattr_prefix)
             plan = trees.bring(plan)
             trees.link(plan)
+            ready_ns = {root.overlay: clock.newest_stamp(root.path) for root in prepared.roots}
+            plan = attrs.evolve(plan, ready=True, ready_ns=ready_ns)
             record(plan)
-        _take_all(trees, plan.steps)
+        met = _take_all(trees, plan, on_conflict)
         for index, step in enumerate(plan.steps):
             trees.put_away(index, step)
         for overlay in plan.staged:
             trees.remove_staging(overlay)
         for times in plan.folders:
-            overlay, _, relative = times.overlay_path.partition("/")
-            os.utime(trees.live[overlay].open(relative), ns=(times.atime_ns, times.mtime_ns))
+            trees.set_times(times)
+    paths = {conflict.path for conflict in met}
+    if not paths or on_conflict == "overwrite":
+        return plan
+    steps = [step for step in plan.steps if step.path not in paths]
+    return attrs.evolve(plan, steps=steps, conflicts=[*plan.conflicts, *met])
 
 
-def _take_all(trees: "_Trees", steps: list[Step]) -> None:
-    taken: list[tuple[int, Step]] = []
-    try:
-        for index, step in enumerate(steps):
-            if trees.take(index, step):
-                taken.append((index, step))
-    except ConflictError:
-        for index, step in reversed(taken):
-            trees.take_back(index, step)
-        raise
+def done(plan: Plan) -> list[Done]:
+    """Return what the steps of a plan do, for people."""
+    return [
+        Done(
+            path=step.path,
+            action="added" if not step.old_inode else "replaced" if step.new_inode else "removed",
+            original=step.overlay_path if step.old_inode else None,
+        )
+        for step in plan.steps
+    ]
+
+
+def _take_all(trees: "_Trees", plan: Plan, on_conflict: OnConflict) -> list[Conflict]:
+    met = []
+    for index, step in enumerate(plan.steps):
+        try:
+            trees.take(index, step, plan.checked_ns, overwrite=on_conflict == "overwrite")
+        except Interfered as error:
+            met.append(error.conflict)
+            if on_conflict == "stop":
+                for number, taken in reversed(list(enumerate(plan.steps[:index]))):
+                    trees.take_back(number, taken)
+                for overlay in plan.staged:
+                    trees.remove_staging(overlay)
+                raise
+    return met
 
 
 @contextlib.contextmanager
-def _opened(prepared: Prepared, plan: Plan) -> Iterator["_Trees"]:
+def _opened(prepared: Prepared, plan: Plan, store: str) -> Iterator["_Trees"]:
     with contextlib.ExitStack() as stack:
         roots = {root.overlay: root.path for root in prepared.roots}
         live = {overlay: stack.enter_context(edits.Folders(path)) for overlay, path in roots.items()}
-        store = stack.enter_context(edits.Folders(prepared.base_path))
-        yield _Trees(run=prepared.run, staged=plan.staged, live=live, store=store)
+        folders = stack.enter_context(edits.Folders(store))
+        yield _Trees(run=prepared.run, staged=plan.staged, live=live, store=folders)
 
 
 @attrs.frozen(kw_only=True)
@@ -120,7 +156,7 @@ class _Trees:
                     self.copier.copy(*self.store_place(step), staging, name)
                     inode = os.stat(name, dir_fd=staging, follow_symlinks=False).st_ino
             steps.append(attrs.evolve(step, new_inode=inode))
-        return attrs.evolve(plan, steps=steps, ready=True)
+        return attrs.evolve(plan, steps=steps)
 
     def unescape_xattrs(self, overlay_paths: list[str], prefix: str) -> None:
         """Give xattrs that the command set under the overlay's prefix their real names."""
@@ -170,26 +206,47 @@ class _Trees:
                 stack.callback(os.close, folder)
             yield folder, name
 
-    def take(self, index: int, step: Step) -> bool:
-        """Take a step and return True, or False when it was taken before."""
-        live, name = self.live_place(step)
+    def take(self, index: int, step: Step, checked_ns: Mapping[str, int], *, overwrite: bool) -> None:
+        """Take a step if it was not taken before.
+
+        Raises Interfered when the live side is not what the plan found there, unless it is to be overwritten.
+        """
+        try:
+            live, name = self.live_place(step)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise Interfered(step.path) from error
         status = files.lstat(live, name)
         inode = status.st_ino if status else 0
         if inode == step.new_inode:
-            return False
-        if inode != step.old_inode:
-            raise ConflictError(f"{step.path} was replaced by somebody else during the copy", self.run)
+            return
+        if not overwrite and (inode != step.old_inode or (status and _is_changed(status, step))):
+            raise Interfered(step.path)
         with self.slot(index, step) as (folder, slot_name):
             waiting = files.lstat(folder, slot_name)
             if waiting is not None and layer.is_whiteout_device(waiting):
                 os.unlink(slot_name, dir_fd=folder)
-            _swap(folder, slot_name, live, name, has_a=bool(step.new_inode), has_b=bool(step.old_inode))
-        return True
+            try:
+                _swap(folder, slot_name, live, name, has_a=bool(step.new_inode), has_b=bool(inode))
+            except (FileExistsError, FileNotFoundError) as error:
+                raise Interfered(step.path) from error
+            stamp = checked_ns[step.overlay_path.partition("/")[0]]
+            if not overwrite and status and not _is_same(folder, slot_name, status, stamp):
+                _swap(folder, slot_name, live, name, has_a=True, has_b=bool(step.new_inode))
+                raise Interfered(step.path)
 
     def take_back(self, index: int, step: Step) -> None:
+        """Take a step back if it was taken."""
         live, name = self.live_place(step)
-        with self.slot(index, step) as (folder, slot_name):
-            _swap(folder, slot_name, live, name, has_a=bool(step.old_inode), has_b=bool(step.new_inode))
+        status = files.lstat(live, name)
+        if (status.st_ino if status else 0) == step.new_inode:
+            with self.slot(index, step) as (folder, slot_name):
+                _swap(folder, slot_name, live, name, has_a=bool(step.old_inode), has_b=bool(step.new_inode))
+
+    def set_times(self, times: FolderTimes) -> None:
+        """Set the times of a live folder if it is still there."""
+        overlay, _, relative = times.overlay_path.partition("/")
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.utime(self.live[overlay].open(relative), ns=(times.atime_ns, times.mtime_ns))
 
     def put_away(self, index: int, step: Step) -> None:
         """Move an original from the staging folder to the store, in the place of the new file."""
@@ -208,6 +265,30 @@ class _Trees:
         edits.remove_tree(self.live[overlay].open(""), f".acetate-{self.run}")
 
 
+def _is_changed(status: os.stat_result, step: Step) -> bool:
+    """Return whether a live file was changed since the step was planned.
+
+    Of files with several names the ctime tells nothing: earlier steps may have renamed or linked another name.
+    """
+    return status.st_ctime_ns != step.old_ctime_ns and (status.st_nlink == 1 or stat.S_ISDIR(status.st_mode))
+
+
+def _is_same(folder: int, name: str, before: os.stat_result, stamp: int) -> bool:
+    """Return whether what was just exchanged is what had been looked at before, unchanged since, with all below it.
+
+    The exchange itself gives it a new ctime, but to nothing below it.
+    """
+    status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+    if (status.st_ino, status.st_mtime_ns, status.st_size, status.st_mode) != (
+        before.st_ino,
+        before.st_mtime_ns,
+        before.st_size,
+        before.st_mode,
+    ):
+        return False
+    return not stat.S_ISDIR(status.st_mode) or files.newest_change_below(folder, name) <= stamp
+
+
 def _swap(folder_a: int, name_a: str, folder_b: int, name_b: str, *, has_a: bool, has_b: bool) -> None:
     """Let two names change places, of which one may be empty."""
     if has_a and has_b:
@@ -216,6 +297,16 @@ def _swap(folder_a: int, name_a: str, folder_b: int, name_b: str, *, has_a: bool
         edits.move(folder_a, name_a, folder_b, name_b)
     elif has_b:
         edits.move(folder_b, name_b, folder_a, name_a)
+
+
+def sync(folders: list[str]) -> None:
+    """Write the file systems of the folders to disk. Raises OSError, also for writes that failed in the meantime."""
+    for folder in folders:
+        descriptor = os.open(folder, files.FOLDER_FLAGS)
+        try:
+            edits.sync_file_system(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def shares_mount(folder_a: str, folder_b: str) -> bool:

@@ -11,17 +11,14 @@ from pathlib import Path
 
 import attrs
 
-from schemas import manifest
-from schemas.copy import Conflict, Copied, Done, Plan, Step
+from schemas import checks, manifest
+from schemas.copy import PLAN_FILE, Conflict, Copied, Plan, Step
 from schemas.mount import Mounted
 from schemas.prepare import Prepared
 from schemas.scan import Change, FolderTimes, MetadataChange, Scanned
 from stages import commit
 from stages.errors import AcetateError
-from stages.linux import copying, edits, files, layer
-
-PLAN_FILE = "copy.plan.json"
-
+from stages.linux import clock, copying, edits, files, layer
 
 def copy(prepared: Prepared, mounted: Mounted, scanned: Scanned) -> Copied:
     """Copy what the scan lists to the live tree and return what was done.
@@ -39,8 +36,10 @@ def copy(prepared: Prepared, mounted: Mounted, scanned: Scanned) -> Copied:
     with files.deep_walks():
         if plan_file.exists():
             plan, _ = manifest.read(plan_file, Plan, prepared.run)
+            checks.check(plan, prepared, str(plan_file))
         else:
-            _sync(prepared, [prepared.base_path])
+            if prepared.request.sync:
+                commit.sync([prepared.base_path])
             _complete_redirects(mounted, scanned)
             _complete_index_links(prepared, scanned)
             plan = _Planner(prepared, mounted, scanned).plan()
@@ -48,20 +47,28 @@ def copy(prepared: Prepared, mounted: Mounted, scanned: Scanned) -> Copied:
                 return _copied(prepared, plan, complete=False)
             plan = attrs.evolve(plan, escaped=_clear_layer_xattrs(mounted, scanned))
             record(plan)
-        commit.apply(prepared, plan, record, xattr_prefix=mounted.xattr_prefix)
-        _sync(prepared, [root.path for root in prepared.roots])
+        policy = prepared.request.conflicts
+        try:
+            plan = commit.apply(prepared, plan, record, store=prepared.base_path, on_conflict=policy)
+        except commit.Interfered as error:
+            plan_file.unlink()
+            plan = attrs.evolve(plan, conflicts=[*plan.conflicts, error.conflict])
+            return _copied(prepared, plan, complete=False)
+        record(plan)
+        _drop_indexes(prepared)
+        if prepared.request.sync:
+            commit.sync([root.path for root in prepared.roots])
     return _copied(prepared, plan, complete=True)
 
 
-def _sync(prepared: Prepared, folders: list[str]) -> None:
-    if not prepared.request.sync:
-        return
-    for folder in folders:
-        descriptor = os.open(folder, files.FOLDER_FLAGS)
+def _drop_indexes(prepared: Prepared) -> None:
+    """Remove the overlays' own links to files that are in the live tree now."""
+    for root in prepared.roots:
+        work = os.open(root.work, files.FOLDER_FLAGS)
         try:
-            edits.sync_file_system(descriptor)
+            edits.remove_tree(work, "index")
         finally:
-            os.close(descriptor)
+            os.close(work)
 
 
 def _copied(prepared: Prepared, plan: Plan, *, complete: bool) -> Copied:
@@ -69,16 +76,11 @@ def _copied(prepared: Prepared, plan: Plan, *, complete: bool) -> Copied:
         schema="acetate/copy/1",
         run=prepared.run,
         complete=complete,
-        done=[_done(step) for step in plan.steps] if complete else [],
+        done=commit.done(plan) if complete else [],
         conflicts=plan.conflicts,
         originals=prepared.base_path,
+        ended_ns={root.overlay: clock.newest_stamp(root.path) for root in prepared.roots},
     )
-
-
-def _done(step: Step) -> Done:
-    if not step.old_inode:
-        return Done(path=step.path, action="added", original=None)
-    return Done(path=step.path, action="replaced" if step.new_inode else "removed", original=step.overlay_path)
 
 
 def _complete_redirects(mounted: Mounted, scanned: Scanned) -> None:
@@ -179,7 +181,6 @@ class _Planner:
         self.request = prepared.request
         self.run = prepared.run
         self.scanned = scanned
-        self.prefix = mounted.xattr_prefix
         self.baseline = mounted.baseline_ns
         self.removed = {change.path: change for change in scanned.removed}
         self.added = {change.path: change for change in scanned.added}
@@ -188,6 +189,8 @@ class _Planner:
         self.upper = edits.Folders(prepared.base_path)
         self.steps: list[Step] = []
         self.conflicts: list[Conflict] = []
+        self.xattr_prefix = mounted.xattr_prefix
+        self.checked_ns = {root.overlay: clock.newest_stamp(root.path) for root in prepared.roots}
         self.staged = [root.overlay for root in prepared.roots if not commit.shares_mount(root.path, prepared.base_path)]
 
     def plan(self) -> Plan:
@@ -208,10 +211,13 @@ class _Planner:
                 folders_of_root.close()
         return Plan(
             schema="acetate/plan/1",
+            direction="copied",
             run=self.run,
             steps=self.steps,
             folders=folders,
             conflicts=self.conflicts,
+            checked_ns=self.checked_ns,
+            xattr_prefix=self.xattr_prefix,
             escaped=[],
             links=self.scanned.hard_links,
             staged=self.staged,

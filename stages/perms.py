@@ -1,14 +1,12 @@
 """perms: carry permissions and times over to what kept its content. These are no changes in the scan's lists."""
 
 import errno
-import os
-import stat
 
 from schemas.copy import Copied
 from schemas.perms import MetadataSet, Permitted, Refused
-from schemas.prepare import Metadata, Prepared
+from schemas.prepare import Prepared
 from schemas.scan import MetadataChange, Scanned
-from stages.linux import copying, edits, files
+from stages.linux import clock, edits, metadata
 
 
 def perms(prepared: Prepared, scanned: Scanned, copied: Copied) -> Permitted:
@@ -19,7 +17,7 @@ def perms(prepared: Prepared, scanned: Scanned, copied: Copied) -> Permitted:
     Raises OSError.
     """
     left = {conflict.path for conflict in copied.conflicts} if prepared.request.conflicts != "overwrite" else set()
-    permitted = Permitted(schema="acetate/perms/1", run=prepared.run, done=[], refused=[])
+    permitted = Permitted(schema="acetate/perms/1", run=prepared.run, done=[], refused=[], ended_ns={})
     live = {root.overlay: edits.Folders(root.path) for root in prepared.roots}
     try:
         for item in [*scanned.permissions, *scanned.untouched]:
@@ -30,36 +28,22 @@ def perms(prepared: Prepared, scanned: Scanned, copied: Copied) -> Permitted:
     finally:
         for folders in live.values():
             folders.close()
+    for root in prepared.roots:
+        permitted.ended_ns[root.overlay] = stamp = clock.newest_stamp(root.path)
+        # So that undo can tell any later change by its ctime.
+        clock.wait_past(root.path, stamp)
     return permitted
 
 
 def _carry_over(permitted: Permitted, item: MetadataChange, folder: int, name: str) -> None:
     try:
-        _set_metadata(folder, name, item.after)
+        metadata.set_metadata(folder, name, item.after)
     except PermissionError as error:
         if error.errno != errno.EPERM:
             raise
         permitted.refused.append(Refused(path=item.path, what=_difference(item), reason=error.strerror))
     else:
         permitted.done.append(MetadataSet(path=item.path, before=item.before, after=item.after))
-
-
-def _set_metadata(folder: int, name: str, wanted: Metadata) -> None:
-    # The owner first: chown(2) clears setuid and capabilities. Then the xattrs, since an ACL changes the mode.
-    copying.set_owner(folder, name, wanted.uid, wanted.gid)
-    present = files.xattrs(folder, name)
-    path = files.entry_path(folder, name)
-    for key in present.keys() - wanted.xattrs.keys():
-        if files.is_user_settable(key):
-            os.removexattr(path, key, follow_symlinks=False)
-    for key, value in wanted.xattrs.items():
-        if present.get(key) != value:
-            os.setxattr(path, key, value, follow_symlinks=False)
-    status = os.stat(name, dir_fd=folder, follow_symlinks=False)
-    if not stat.S_ISLNK(status.st_mode) and stat.S_IMODE(status.st_mode) != wanted.mode:
-        os.chmod(path, wanted.mode)
-    if not stat.S_ISDIR(status.st_mode) and status.st_mtime_ns != wanted.mtime_ns:
-        os.utime(name, ns=(wanted.atime_ns, wanted.mtime_ns), dir_fd=folder, follow_symlinks=False)
 
 
 def _difference(item: MetadataChange) -> str:

@@ -18,6 +18,7 @@ from schemas.mount import Mounted
 from schemas.perms import Permitted
 from schemas.prepare import Prepared, Request
 from schemas.scan import Scanned
+from schemas.undo import Undone
 from schemas.unmount import Unmounted
 from stages import as_owner, runs
 from stages.errors import CommandFailedError, ConflictError, UncopiedError, UsageError
@@ -33,6 +34,7 @@ _CLASSES: dict[str, type[Manifest]] = {
     "perms": Permitted,
     "unmount": Unmounted,
     "cleanup": Cleaned,
+    "undo": Undone,
 }
 
 # What a stage's manifest is made from, and so what makes it stale when it changes. Not mount.json: mounting again over
@@ -46,6 +48,7 @@ _MADE_FROM: dict[str, tuple[str, ...]] = {
     "perms": ("prepare", "scan", "copy"),
     "unmount": ("prepare",),
     "cleanup": ("prepare",),
+    "undo": ("prepare", "scan"),
 }
 
 AnyManifest = TypeVar("AnyManifest", bound=Manifest)
@@ -120,6 +123,8 @@ class Pipeline:
             return False
         if isinstance(done, Mounted):
             return self._is_mounted(done) or self.is_done("execute")
+        if isinstance(done, Undone):
+            return False
         if isinstance(done, Unmounted):
             mounted = self.optional("mount", Mounted)
             return mounted is None or not self._is_mounted(mounted)
@@ -147,7 +152,7 @@ class Pipeline:
         try:
             result = self.perform_only(stage)
         except PermissionError:
-            if stage not in ("scan", "copy", "perms") or not as_owner.is_possible():
+            if stage not in ("scan", "copy", "perms", "undo") or not as_owner.is_possible():
                 raise
             assert self._lock is not None
             as_owner.perform(stage, self.folder, self._lock, self._choices)
@@ -177,12 +182,13 @@ class Pipeline:
             raise CommandFailedError(
                 f"the command {ended}; its changes were not copied", result.run, result.exit_status
             )
-        if isinstance(result, Copied) and not result.complete:
+        if isinstance(result, Copied | Undone) and not result.complete:
+            did = "copied" if isinstance(result, Copied) else result.direction
             raise ConflictError(
-                "nothing was copied, since somebody else changed what the command changed too:\n"
+                f"nothing was {did}, since somebody else changed what would be overwritten:\n"
                 + "\n".join(f"  {conflict.path} {conflict.reason}" for conflict in result.conflicts),
                 result.run,
-                "conflicts=skip copies the rest; conflicts=overwrite copies all and keeps theirs among the originals",
+                "conflicts=skip leaves these paths alone; conflicts=overwrite overwrites them, and undo brings them back",
             )
 
     def read(self, stage: str, kind: type[AnyManifest]) -> AnyManifest:
@@ -217,6 +223,8 @@ class Pipeline:
         return self.read(stage, kind) if self._path(stage).exists() else None
 
     def _path(self, stage: str) -> Path:
+        if self._folder is None and self._run is None and stage == "undo":
+            self._open(runs.newest_copied())
         return self.folder / "manifests" / f"{stage}.json"
 
     def _digest(self, stage: str) -> str:
@@ -314,6 +322,19 @@ class Pipeline:
             if self._failed:
                 return None
             raise
+
+    def _undo(self) -> Undone:
+        from stages.undo import undo
+
+        if not self._path("copy.plan").exists():
+            raise UsageError(f"the changes of run {self.folder.name} were not copied", "there is nothing to undo")
+        return undo(
+            self._prepared(),
+            self.read("scan", Scanned),
+            self.optional("copy", Copied),
+            self.optional("perms", Permitted),
+            self.optional("undo", Undone),
+        )
 
     def close(self) -> None:
         """Release the mounts if a stage failed; let others use the run."""

@@ -56,6 +56,14 @@ def newest_open() -> Path:
     raise UsageError("there is no open run to go on with", "begin one with cmd='SHELL COMMAND'")
 
 
+def newest_copied() -> Path:
+    """Return the folder of the newest run that began to copy its changes. Raises UsageError when there is none."""
+    for folder in all_folders():
+        if (folder / "manifests" / "copy.plan.json").exists():
+            return folder
+    raise UsageError("there is no run whose changes were copied", f"the runs are in {runs_folder()}")
+
+
 def named(run: str) -> Path:
     """Return the folder of the run with the given id. Raises UsageError when there is none."""
     folder = runs_folder() / run

@@ -24,7 +24,15 @@ _KEPT_CAPABILITIES = (
     "CAP_SYS_CHROOT",
 )
 # Root may write to these by the mode of their files alone, with no capability; bwrap itself leaves them as they are.
-_KERNEL_SETTINGS = ("/proc/acpi", "/proc/bus", "/proc/fs", "/proc/irq", "/proc/scsi", "/proc/sys", "/proc/sysrq-trigger")
+_KERNEL_SETTINGS = (
+    "/proc/acpi",
+    "/proc/bus",
+    "/proc/fs",
+    "/proc/irq",
+    "/proc/scsi",
+    "/proc/sys",
+    "/proc/sysrq-trigger",
+)
 _TEMPORARY_FOLDER_VARIABLES = ("TMPDIR", "TMP", "TEMP")
 
 

@@ -79,6 +79,26 @@ def list_xattrs(path: str) -> list[str]:
         raise
 
 
+def newest_change_below(parent: int, name: str) -> int:
+    """Return the newest ctime of what is below a folder, in nanoseconds since the epoch, 0 if nothing is.
+
+    Files of several names are left out: their ctime changes with any of their names.
+    """
+    newest = 0
+    folder = open_folder(parent, name)
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                status = entry.stat(follow_symlinks=False)
+                if stat.S_ISDIR(status.st_mode):
+                    newest = max(newest, status.st_ctime_ns, newest_change_below(folder, entry.name))
+                elif status.st_nlink == 1:
+                    newest = max(newest, status.st_ctime_ns)
+    finally:
+        os.close(folder)
+    return newest
+
+
 def same_content(folder_a: int, folder_b: int, name: str, name_b: str | None = None) -> bool:
     """Return whether two files of the same kind and size have the same content or link target."""
     name_b = name if name_b is None else name_b

@@ -8,7 +8,7 @@ import select
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -245,7 +245,7 @@ class _Process:
             return int(match[1])
         if self._popen.returncode < 0:  # Somebody killed bubblewrap.
             return 128 - self._popen.returncode
-        said = Path(self._streams.kept[-1]).read_text(errors="replace")
+        said = Path(self._streams.kept[-1]).read_text("utf-8", "replace")
         raise SandboxError(said.strip() or f"bubblewrap ended with status {self._popen.returncode}")
 
 
@@ -259,7 +259,7 @@ def _signal_of(interrupt: BaseException) -> int:
 
 
 @contextlib.contextmanager
-def _adopting_orphans() -> Iterator[None]:
+def _adopting_orphans() -> Generator[None, None, None]:
     """Let us become the parent of pid 1 when bubblewrap ends, so that we can wait for it (prctl(2))."""
     libc = ctypes.CDLL(None)
     before = ctypes.c_int()

@@ -29,14 +29,12 @@ class Relay:
     target: a descriptor to write. kept: the file's path or None.
     """
 
-    def __init__(
-        self, source: int, end_source: Callable[[], object], target: int, kept: str | None = None
-    ) -> None:
+    def __init__(self, source: int, end_source: Callable[[], object], target: int, kept: str | None = None) -> None:
         """Begin with an empty file. Raises OSError."""
         self._source: int | None = source
         self._end_source = end_source
         self._target = target
-        self._pending = b""
+        self._pending = memoryview(b"")
         self._kept = kept
         self._file: int | None = None
         if kept is not None:
@@ -81,7 +79,7 @@ class Relay:
             self.end()
             return
         self._keep(data)
-        self._pending = data
+        self._pending = memoryview(data)
 
     def _keep(self, data: bytes) -> None:
         if self._file is None:
@@ -101,7 +99,7 @@ class Relay:
         except OSError as error:
             self.end()
             # Whoever read our output is gone: the command learns it as it would without us, by SIGPIPE or SIGHUP.
-            if error.errno in (errno.EPIPE, errno.EIO, errno.ECONNRESET):
+            if error.errno in {errno.EPIPE, errno.EIO, errno.ECONNRESET}:
                 return
             raise OSError(error.errno, os.strerror(error.errno or 0), f"/dev/fd/{self._target}") from error
         self._pending = self._pending[written:]
@@ -119,7 +117,7 @@ class Relay:
 
     def end(self) -> None:
         """Drop what is not written yet, and end the source."""
-        self._pending = b""
+        self._pending = memoryview(b"")
         if self._source is not None:
             self._source = None
             self._end_source()

@@ -14,7 +14,7 @@ import tty
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
-_SHELL_NAME = re.compile("[A-Za-z_][A-Za-z0-9_]*")
+_SHELL_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 class PseudoTerminal:
