@@ -5,7 +5,7 @@ from typing import Any
 
 from doit import doit_cmd, get_initial_workdir
 
-from stages.report import Reporter
+from stages import report
 from stages.session import Session
 
 
@@ -15,7 +15,7 @@ def _options() -> Mapping[str, str]:
 
 
 SESSION = Session(_options, get_initial_workdir)
-REPORTER = Reporter(SESSION)
+REPORTER = report.Reporter(SESSION)
 
 DOIT_CONFIG = {
     "default_tasks": ["prepare", "mount", "execute", "scan", "copy", "perms", "unmount", "cleanup"],
@@ -71,3 +71,18 @@ def task_cleanup() -> dict[str, Any]:
 def task_undo() -> dict[str, Any]:
     """Put the live tree back to before the copy of the newest run; once more: make the copy again."""
     return SESSION.task("undo", after=None)
+
+
+def task_runs() -> dict[str, Any]:
+    """List all runs with age, command, state, counts and the space they take."""
+    return SESSION.verb(report.runs)
+
+
+def task_prune() -> dict[str, Any]:
+    """Drop old runs: all but the newest keep=N, or those from more than older=DAYS ago."""
+    return SESSION.verb(report.prune)
+
+
+def task_gc() -> dict[str, Any]:
+    """Release what runs left behind whose process was killed."""
+    return SESSION.verb(report.gc)

@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("stages", nargs="+", choices=("run", *_STAGES, "undo"), metavar="STAGE", help=", ".join(_STAGES))
+    parser.add_argument("stages", nargs="+", choices=("run", *_STAGES, "undo", "runs", "prune", "gc"), metavar="STAGE", help=", ".join(_STAGES))
     parser.add_argument("--root", action="append", metavar="DIR", help="folder that the command may write to (default: .)")
     parser.add_argument("--spec", metavar="FILE", help="read the request from a JSON or TOML file")
     parser.add_argument("--network", action="store_true", help="let the command use the network")
@@ -57,6 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--no-sync", action="store_true", help="do not wait until the copied data is on disk")
     parser.add_argument("--run", metavar="ID", help="go on with this run instead of the newest open one")
     parser.add_argument("--discard", action="store_true", help="let cleanup drop changes that were not copied")
+    parser.add_argument("--keep", metavar="N", help="let prune keep the newest N runs")
+    parser.add_argument("--older", metavar="DAYS", help="let prune drop only runs from more than DAYS days ago")
     parser.add_argument("--again", action="store_true", help="do the named stages even if they are done, and only them")
     return parser
 
@@ -66,7 +68,6 @@ def _run(options: argparse.Namespace, argv: list[str] | None) -> int:
     from doit.doit_cmd import DoitMain
 
     import dodo
-    from stages import request
 
     named = {
         "spec": options.spec,
@@ -77,10 +78,14 @@ def _run(options: argparse.Namespace, argv: list[str] | None) -> int:
         "network": "yes" if options.network else None,
         "sync": "no" if options.no_sync else None,
         "discard": "yes" if options.discard else None,
+        "keep": options.keep,
+        "older": options.older,
         "roots": options.root,
         "argv": argv,
     }
-    dodo.SESSION.begin(request.pipeline({name: value for name, value in named.items() if value is not None}, os.getcwd()))
+    given = {name: value for name, value in named.items() if value is not None}
+    dodo.SESSION.options = lambda: given
+    dodo.SESSION.folder = os.getcwd
     dodo.REPORTER.go_on, dodo.REPORTER.discard = "acetate {stages} --run {run}", "--discard"
     words = ["run", *(["--single", "--always"] if options.again else [])]
     # No configuration file: those of the current folder belong to the project, which is not to be trusted.

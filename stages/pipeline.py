@@ -250,6 +250,7 @@ class Pipeline:
         return attrs.evolve(prepared, request=attrs.evolve(prepared.request, **self._choices))
 
     def _mount(self) -> Mounted:
+        from stages import gc
         from stages.mount import mount
 
         prepared = self.read("prepare", Prepared)
@@ -257,18 +258,8 @@ class Pipeline:
             return mount(prepared, self.optional("mount", Mounted))
         except UsageError:
             if not self._path("execute").exists():
-                self._forget_run()
+                gc.remove_folder(self.folder)
             raise
-
-    def _forget_run(self) -> None:
-        """Remove the folder of a run in which nothing has happened yet."""
-        from stages.linux import edits, files
-
-        parent = os.open(self.folder.parent, files.FOLDER_FLAGS)
-        try:
-            edits.remove_tree(parent, self.folder.name)
-        finally:
-            os.close(parent)
 
     def _mounted(self) -> Mounted:
         """Return how the overlays are mounted; mount them again if what held them is gone."""
@@ -346,5 +337,5 @@ class Pipeline:
         finally:
             self._folder = None
             if self._lock is not None:
-                os.close(self._lock)
+                runs.unlock(self._lock)
                 self._lock = None

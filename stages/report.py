@@ -1,8 +1,10 @@
 """What a call tells its user: the changes, a summary, errors. Written for doit, which calls a reporter's methods."""
 
 import os
+import shlex
 import sys
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from doit.exceptions import BaseFail, TaskFailed, UnmetDependency
@@ -10,7 +12,10 @@ from doit.exceptions import BaseFail, TaskFailed, UnmetDependency
 from schemas.copy import Copied
 from schemas.perms import Permitted
 from schemas.scan import Change, Scanned
-from stages import runs
+from schemas.undo import Undone
+from stages import runs as run_folders
+from stages.pipeline import STAGES
+from stages.request import check_words, number
 from stages.session import Session
 
 
@@ -74,7 +79,7 @@ class Reporter:
         """Show the errors last, and end with the session's exit status, which says more than doit's own."""
         for message in self._session.errors:
             _tell(message)
-        if self._session.kept_run and runs.is_open(runs.runs_folder() / self._session.kept_run):
+        if self._session.kept_run and run_folders.is_open(run_folders.runs_folder() / self._session.kept_run):
             _tell("\n".join(self._how_to_go_on(self._session.kept_run)))
         if self._session.exit_status:
             raise SystemExit(self._session.exit_status)
@@ -88,6 +93,8 @@ class Reporter:
             yield f"{what}{self.go_on.format(stages=stages, run=run)}"
 
     def _show(self, stage: str) -> None:
+        if stage not in STAGES and stage != "undo":
+            return
         pipeline = self._session.pipeline
         if stage == "scan":
             sys.stdout.write("".join(f"{line}\n" for line in changes(pipeline.read("scan", Scanned))))
@@ -98,9 +105,47 @@ class Reporter:
                 _tell(f"copied {counts(scanned)} (run {scanned.run})")
                 for conflict in copied.conflicts:
                     _tell(f"conflict: {printable(conflict.path)} {conflict.reason}")
+        if stage == "undo" and not self._session.errors:
+            undone = pipeline.read("undo", Undone)
+            _tell(f"{undone.direction} {len(undone.done)} edits of run {undone.run}; undo again takes that back")
         permitted = pipeline.optional("perms", Permitted) if stage in ("perms", "cleanup") else None
         for refused in permitted.refused if permitted else []:
             _tell(f"not carried over: {refused.what} of {printable(refused.path)}: {refused.reason}")
+
+
+def runs(options: Mapping[str, str]) -> Iterator[str]:
+    """Return the list of all runs as lines for people."""
+    from stages import history  # noqa: PLC0415 - only who asks for it waits for it
+
+    check_words(options, set())
+    for run in history.all_runs():
+        numbers = f"+{run.added} ~{run.updated} -{run.removed}" if run.added is not None else ""
+        age = _age((time.time_ns() - run.started_ns) / 1e9)
+        command = printable(shlex.join(run.command))
+        yield f"{run.run}  {age:>4}  {run.state:9}  {numbers:14}  {_size(run.space):>10}  {command}"
+
+
+def prune(options: Mapping[str, str]) -> Iterator[str]:
+    """Drop old runs and return what was done as lines for people."""
+    from stages import history  # noqa: PLC0415
+
+    check_words(options, {"keep", "older"})
+    yield from history.prune(keep=number(options, "keep", int), older=number(options, "older", float))
+
+
+def gc(options: Mapping[str, str]) -> Iterator[str]:
+    """Release what was left behind and return what was done as lines for people."""
+    from stages import gc as leftovers  # noqa: PLC0415
+
+    check_words(options, set())
+    yield from leftovers.gc() or ["nothing was left behind"]
+
+
+def _age(seconds: float) -> str:
+    for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f}{unit}"
+    return f"{seconds:.0f}s"
 
 
 def changes(scanned: Scanned) -> Iterator[str]:

@@ -2,8 +2,9 @@
 
 import os
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import attrs
 import msgspec
@@ -15,6 +16,8 @@ from stages.pipeline import Pipeline
 _CHOICES = frozenset({"on_failure", "conflicts", "sync"})  # may be chosen anew when a run goes on
 _OF_THE_RUN = frozenset({"run", "discard"})
 _WORDS = frozenset({"roots", "cmd", "spec", "network", "timeout"}) | _CHOICES | _OF_THE_RUN
+
+_Number = TypeVar("_Number", int, float)
 
 Options = Mapping[str, str | list[str]]
 """Options by name, as the user wrote them; argv and roots may be lists."""
@@ -41,9 +44,7 @@ def pipeline(options: Options, folder: str) -> Pipeline:
 
     Raises UsageError.
     """
-    for name in options:
-        if name not in _WORDS | {"argv"}:
-            raise UsageError(f"there is no option {name!r}", f"the options are: {', '.join(sorted(_WORDS))}")
+    check_words(options, _WORDS)
     values = _values(options, folder)
     discard = values.pop("discard", False)
     run = values.pop("run", None)
@@ -55,6 +56,26 @@ def pipeline(options: Options, folder: str) -> Pipeline:
         raise UsageError("no command given", "say cmd='SHELL COMMAND', or put argv into the spec file")
     request = make({"argv": [], **values}, folder)
     return Pipeline(run=run, discard=discard, choices={name: getattr(request, name) for name in values})
+
+
+def check_words(options: Options, known: AbstractSet[str]) -> None:
+    """Raise UsageError for an option that is not among the known ones."""
+    for name in options:
+        if name not in known and not (name == "argv" and known is _WORDS):
+            raise UsageError(f"there is no option {name!r} here", f"the options are: {', '.join(sorted(known)) or 'none'}")
+
+
+def number(options: Mapping[str, str], name: str, kind: type[_Number]) -> _Number | None:
+    """Return an option that is a number of at least 0, None if it was not given. Raises UsageError."""
+    if name not in options:
+        return None
+    try:
+        value = kind(options[name])
+    except ValueError as error:
+        raise UsageError(f"{name}={options[name]}: give a number") from error
+    if not 0 <= value < float("inf"):
+        raise UsageError(f"{name}={options[name]}: give a number of at least 0")
+    return value
 
 
 def _values(options: Options, folder: str) -> dict[str, Any]:

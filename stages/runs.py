@@ -73,7 +73,10 @@ def named(run: str) -> Path:
 
 
 def lock(folder: Path) -> int:
-    """Lock a run for this process and return the descriptor that holds the lock until it is closed.
+    """Lock a run for this process and return the descriptor that holds the lock until `unlock`.
+
+    The lock file is not empty while a process works on the run: if it is not empty and not locked, that process was
+    killed.
 
     Raises AcetateError when another process works on the run.
     """
@@ -85,4 +88,34 @@ def lock(folder: Path) -> int:
         raise AcetateError(
             f"run {folder.name} is in use by another process", "wait until it is done, or name another run with run=ID"
         ) from None
+    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
     return descriptor
+
+
+def unlock(descriptor: int) -> None:
+    """Release the lock of a run whose work is done, or taken care of."""
+    os.ftruncate(descriptor, 0)
+    os.close(descriptor)
+
+
+def broken_off() -> list[Path]:
+    """Return the folders of the runs whose process was killed while it worked on them."""
+    return [folder for folder in all_folders() if _is_marked(folder) and not _is_locked(folder)]
+
+
+def _is_marked(folder: Path) -> bool:
+    try:
+        return (folder / "lock").stat().st_size > 0
+    except FileNotFoundError:
+        return False
+
+
+def _is_locked(folder: Path) -> bool:
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False

@@ -1,7 +1,9 @@
 """One call of doit: the pipeline that its tasks share, what went wrong, and the exit status."""
 
+import contextlib
+import os
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import FrameType
 from typing import Any
 
@@ -9,7 +11,7 @@ from doit.exceptions import TaskFailed
 
 from schemas.execute import Executed
 from schemas.manifest import ManifestError
-from stages import request
+from stages import gc, request
 from stages.errors import AcetateError, KeptError
 from stages.pipeline import Pipeline
 
@@ -23,23 +25,20 @@ class Session:
 
     def __init__(self, options: Callable[[], Mapping[str, str]], folder: Callable[[], str]) -> None:
         """Keep where options and the folder that the user stood in come from; they are asked for when needed."""
-        self._options = options
-        self._folder = folder
+        self.options = options
+        self.folder = folder
         self._pipeline: Pipeline | None = None
+        self._swept = False
         self._refused: dict[str, Exception] = {}
         self.exit_status = 0
         self.errors: list[str] = []
         self.kept_run: str | None = None
 
-    def begin(self, pipeline: Pipeline) -> None:
-        """Let the tasks work on the given pipeline."""
-        self._pipeline = pipeline
-
     @property
     def pipeline(self) -> Pipeline:
         """The pipeline; made from the options when it is first needed. Raises UsageError."""
         if self._pipeline is None:
-            self._pipeline = request.pipeline(self._options(), self._folder())
+            self._pipeline = request.pipeline(self.options(), self.folder())
         return self._pipeline
 
     def task(self, stage: str, after: str | None) -> dict[str, Any]:
@@ -52,6 +51,18 @@ class Session:
             "verbosity": 2,
         }
 
+    def verb(self, function: Callable[[Mapping[str, str]], Iterable[str]]) -> dict[str, Any]:
+        """Return the doit task of a verb that is about all runs; the function returns lines for the user."""
+        return {"actions": [(self._print, [function])], "uptodate": [False], "verbosity": 2}
+
+    def _print(self, function: Callable[[Mapping[str, str]], Iterable[str]]) -> TaskFailed | None:
+        def lines() -> None:
+            with contextlib.suppress(BrokenPipeError):  # the reader has seen enough
+                for line in function(self.options()):
+                    os.write(1, f"{line}\n".encode("utf-8", "backslashreplace"))
+
+        return self._guarded("it", lines)
+
     def is_done(self, stage: str) -> bool:
         """Return whether the stage is done; an error is kept for `perform`, which reports it."""
         try:
@@ -62,22 +73,33 @@ class Session:
 
     def perform(self, stage: str) -> TaskFailed | None:
         """Perform a stage; return a failure for doit when it failed."""
-        try:
-            end_on_signals()
+
+        def work() -> None:
             if stage in self._refused:
                 raise self._refused[stage]
+            if not self._swept:
+                self._swept = True
+                gc.release_broken_off()
             result = self.pipeline.perform(stage)
             if isinstance(result, Executed):
                 self.exit_status = self.exit_status or result.exit_status
+
+        return self._guarded(stage, work)
+
+    def _guarded(self, what: str, work: Callable[[], None]) -> TaskFailed | None:
+        """Do something; note what went wrong with it, and return a failure for doit then."""
+        try:
+            end_on_signals()
+            work()
         except AcetateError as error:
             if isinstance(error, KeptError):
                 self.kept_run = error.run
             return self._fail(str(error), error.exit_status)
         except (OSError, ManifestError) as error:
-            return self._fail(f"{stage} failed: {error}", 1)
+            return self._fail(f"{what} failed: {error}", 1)
         except (KeyboardInterrupt, SystemExit) as error:
             interrupted = 130 if isinstance(error, KeyboardInterrupt) else int(error.code or 1)
-            self._fail(f"{stage} was interrupted", interrupted)
+            self._fail(f"{what} was interrupted", interrupted)
             raise
         return None
 

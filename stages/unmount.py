@@ -14,10 +14,7 @@ def unmount(prepared: Prepared, mounted: Mounted | None) -> Unmounted:
 
     Raises AcetateError when a holder of the run is still there afterwards.
     """
-    for namespace in _holding(prepared, mounted):
-        namespace.end()
-        if namespace.is_alive():
-            raise AcetateError(f"the mounts of run {prepared.run} are still held by process {namespace.pid}")
+    release(prepared.run_folder, mounted)
     return Unmounted(
         schema="acetate/unmount/1",
         run=prepared.run,
@@ -26,10 +23,24 @@ def unmount(prepared: Prepared, mounted: Mounted | None) -> Unmounted:
     )
 
 
-def _holding(prepared: Prepared, mounted: Mounted | None) -> list[namespaces.Namespace]:
+def release(run_folder: str, mounted: Mounted | None) -> list[int]:
+    """End all that holds mounts of the run in the folder; return the pids of what was ended.
+
+    Raises AcetateError when one of them is still there afterwards.
+    """
+    ended = []
+    for namespace in _holding(run_folder, mounted):
+        namespace.end()
+        if namespace.is_alive():
+            raise AcetateError(f"the mounts in {run_folder} are still held by process {namespace.pid}")
+        ended.append(namespace.pid)
+    return ended
+
+
+def _holding(run_folder: str, mounted: Mounted | None) -> list[namespaces.Namespace]:
     if mounted:
         namespace = namespaces.Namespace(**attrs.asdict(mounted.holder))
         if namespace.is_alive():
             return [namespace]
-    # A mount stage that was killed leaves a holder that no manifest names.
-    return [namespace for namespace, run_folder in namespaces.holders() if run_folder == prepared.run_folder]
+    # A stage that was killed leaves holders that no manifest names.
+    return [namespace for namespace, held in namespaces.holders() if held == run_folder]

@@ -33,6 +33,11 @@ _KERNEL_SETTINGS = (
     "/proc/sys",
     "/proc/sysrq-trigger",
 )
+# A socket on a read-only file system can be connected to all the same, and behind those in /run are services that do
+# things for their caller: containers, units, keys. What programs need from there without talking to anybody is left.
+_SERVICES = "/run"
+_LEFT_OF_SERVICES = ("/run/booted-system", "/run/current-system", "/run/opengl-driver")
+_RESOLVER = "/etc/resolv.conf"
 _TEMPORARY_FOLDER_VARIABLES = ("TMPDIR", "TMP", "TEMP")
 
 
@@ -41,7 +46,7 @@ class Sandbox:
     """What a command may see and change.
 
     roots: pairs of a folder and the path that it is bound over, writable; the first path is the working folder.
-    hidden: folders that are empty and read-only in the sandbox, but for roots in them.
+    hidden: folders that are empty and read-only in the sandbox, but for roots in them; /run is one of them always.
     network: whether the command has the network, and with it the abstract sockets, of its caller.
     user_namespace: whether bubblewrap is started in a user namespace in which the caller is root.
     unset: environment variables that the command does not get.
@@ -85,13 +90,17 @@ def _file_system(sandbox: Sandbox) -> list[str]:
     words = ["--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc", "--perms", "1777", "--tmpfs", "/tmp"]
     if os.geteuid() == 0:
         words += [word for path in _KERNEL_SETTINGS for word in ("--ro-bind-try", path, path)]
-    for folder in sandbox.hidden:
+    hidden = [*sandbox.hidden, *([_SERVICES] if os.path.isdir(_SERVICES) else [])]
+    for folder in hidden:
         words += ["--tmpfs", folder]
+    for path in (*_LEFT_OF_SERVICES, os.path.realpath(_RESOLVER)):
+        if path.startswith(f"{_SERVICES}/"):
+            words += ["--ro-bind-try", path, path]
     # After the masks, so that a root may lie in a masked folder; before the masks become read-only, since bwrap makes
     # the root's mount point in them.
     for folder, path in sandbox.roots:
         words += ["--bind", folder, path]
-    for folder in sandbox.hidden:
+    for folder in hidden:
         words += ["--remount-ro", folder]
     return [*words, "--chdir", sandbox.roots[0][1]]
 
