@@ -91,6 +91,7 @@ class Scanned(Manifest):
     permissions: paths of the same content whose mode, owner, ACL or other xattrs differ.
     untouched: paths that were copied up with content and permissions as before; at most their times differ.
     folders: the folders above changes, and others that were copied up.
+    revived: added paths that were there when the overlay was mounted, and that somebody else has removed since.
     layer_xattrs: overlay paths of what carries xattrs of the overlay, which must not reach the live tree.
     relinked: paths of the same content that stand for another inode: hard links were made or broken.
     index_links, hard_links: how names of one file belong together.
@@ -112,5 +113,6 @@ class Scanned(Manifest):
     index_links: list[IndexLink] = attrs.field(factory=list)
     hard_links: list[HardLink] = attrs.field(factory=list)
     partners_left: list[str] = attrs.field(factory=list)
+    revived: list[str] = attrs.field(factory=list)
     layer_xattrs: list[str] = attrs.field(factory=list)
     redirects: list[Redirect] = attrs.field(factory=list)

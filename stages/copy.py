@@ -187,6 +187,7 @@ class _Planner:
         self.link_targets = {link.overlay_path: link.live for link in scanned.hard_links}
         self.live = {root.overlay: edits.Folders(root.path) for root in prepared.roots}
         self.upper = edits.Folders(prepared.base_path)
+        self.revived = set(scanned.revived)
         self.steps: list[Step] = []
         self.conflicts: list[Conflict] = []
         self.xattr_prefix = mounted.xattr_prefix
@@ -252,7 +253,9 @@ class _Planner:
         folder, status = self.find(change.overlay_path)
         if status is None:
             if folder is None:
-                self.conflict(change.path, "the folder it belongs in was removed or replaced", None, None)
+                self.conflict(change.path, "belongs in a folder that was removed or replaced", None, None)
+            elif change.path in self.revived:
+                self.conflict(change.path, "was removed", change, None)
             else:
                 self.step(change, change, None)
         elif change.kind == "folder" and stat.S_ISDIR(status.st_mode):

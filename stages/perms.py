@@ -37,7 +37,7 @@ def perms(prepared: Prepared, scanned: Scanned, copied: Copied) -> Permitted:
 
 def _carry_over(permitted: Permitted, item: MetadataChange, folder: int, name: str) -> None:
     try:
-        metadata.set_metadata(folder, name, item.after)
+        metadata.set_metadata(folder, name, item.before, item.after)
     except PermissionError as error:
         if error.errno != errno.EPERM:
             raise

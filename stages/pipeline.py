@@ -21,7 +21,7 @@ from schemas.scan import Scanned
 from schemas.undo import Undone
 from schemas.unmount import Unmounted
 from stages import as_owner, runs
-from stages.errors import CommandFailedError, ConflictError, UncopiedError, UsageError
+from stages.errors import AcetateError, CommandFailedError, ConflictError, UncopiedError, UsageError
 
 STAGES = ("prepare", "mount", "execute", "scan", "copy", "perms", "unmount", "cleanup")
 
@@ -50,6 +50,8 @@ _MADE_FROM: dict[str, tuple[str, ...]] = {
     "cleanup": ("prepare",),
     "undo": ("prepare", "scan"),
 }
+
+_SYNCED = "synced"  # file in the run folder: the upper layers are on disk
 
 AnyManifest = TypeVar("AnyManifest", bound=Manifest)
 
@@ -81,6 +83,7 @@ class Pipeline:
         self._lock: int | None = None
         self._read: dict[str, tuple[Manifest, str]] = {}
         self._failed = False
+        self._wrote = False
 
     @classmethod
     def of_locked(cls, folder: Path, lock: int, choices: Mapping[str, object]) -> "Pipeline":
@@ -254,6 +257,8 @@ class Pipeline:
         from stages.mount import mount
 
         prepared = self.read("prepare", Prepared)
+        if self._path("mount").exists():
+            self._check_layer()
         try:
             return mount(prepared, self.optional("mount", Mounted))
         except UsageError:
@@ -273,10 +278,36 @@ class Pipeline:
 
         return Namespace(**attrs.asdict(mounted.holder)).is_alive()
 
+    def _check_layer(self) -> None:
+        """Raise AcetateError when a restart of the machine may have lost what the command wrote.
+
+        The overlay does not wait for the disk (option volatile), so it is not known what was written by then.
+        """
+        from stages.linux import namespaces
+
+        mounted = self.read("mount", Mounted)
+        lost = mounted.holder.boot_id != namespaces.boot_id() and not (self.folder / _SYNCED).exists()
+        if lost and self._path("execute").exists() and not self._path("copy.plan").exists():
+            raise AcetateError(
+                f"the machine was restarted since run {self.folder.name} wrote its changes, and some may be lost",
+                "drop the run, and begin a new one",
+            )
+
+    def _sync_layer(self) -> None:
+        """See to it that a restart of the machine loses nothing of a run that is left open."""
+        from stages import commit
+
+        prepared = self.read("prepare", Prepared)
+        commit.sync([prepared.base_path])
+        (self.folder / _SYNCED).touch()
+
     def _execute(self) -> Executed:
         from stages.execute import execute
 
-        return execute(self._prepared(), self._mounted())
+        mounted = self._mounted()
+        (self.folder / _SYNCED).unlink(missing_ok=True)
+        self._wrote = True
+        return execute(self._prepared(), mounted)
 
     def _scan(self) -> Scanned:
         from stages.scan import scan
@@ -284,11 +315,13 @@ class Pipeline:
         self.read("execute", Executed)
         if self._path("copy").exists() and self.read("copy", Copied).complete:
             raise UsageError(f"the changes of run {self.folder.name} were copied already", "begin a new run")
+        self._check_layer()
         return scan(self.read("prepare", Prepared), self.read("mount", Mounted))
 
     def _copy(self) -> Copied:
         from stages.copy import copy
 
+        self._check_layer()
         prepared = self._prepared()
         return copy(prepared, self.read("mount", Mounted), self.read("scan", Scanned))
 
@@ -334,6 +367,8 @@ class Pipeline:
         try:
             if self._failed and self._folder.exists() and self._path("prepare").exists():
                 self.perform_only("unmount")
+            if self._wrote and runs.is_open(self._folder) and self._prepared().request.sync:
+                self._sync_layer()
         finally:
             self._folder = None
             if self._lock is not None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from schemas.prepare import Metadata, Prepared, Request, RootFolder
 from stages import runs
 from stages.errors import UsageError
-from stages.linux import files
+from stages.linux import files, layer
 
 _PROGRAMS = {
     "bwrap": "bubblewrap",
@@ -119,9 +119,11 @@ def _make_twin(upper: Path, root: str) -> Metadata:
     descriptor = os.open(root, files.FOLDER_FLAGS)
     try:
         status = os.fstat(descriptor)
-        attributes = files.xattrs(descriptor, ".")
+        found = files.xattrs(descriptor, ".")
     finally:
         os.close(descriptor)
+    # Under these names the overlay would take them for its own; of every other lower folder it hides them too.
+    attributes = {name: value for name, value in found.items() if not layer.is_reserved(name)}
     if os.geteuid() == 0:
         os.chown(upper, status.st_uid, status.st_gid)
     elif status.st_gid in os.getgroups():

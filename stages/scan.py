@@ -11,7 +11,7 @@ from schemas.mount import Mounted
 from schemas.prepare import Metadata, Prepared, RootFolder
 from schemas.scan import Change, FolderTimes, HardLink, IndexLink, MetadataChange, Redirect, Scanned
 from stages.errors import AcetateError
-from stages.linux import files, layer
+from stages.linux import edits, files, layer
 
 
 def scan(prepared: Prepared, mounted: Mounted) -> Scanned:
@@ -24,7 +24,7 @@ def scan(prepared: Prepared, mounted: Mounted) -> Scanned:
     )
     with files.deep_walks():
         for root in prepared.roots:
-            _Scan(scanned, root, mounted.xattr_prefix).root()
+            _Scan(scanned, root, mounted.xattr_prefix, mounted.baseline_ns[root.overlay]).root()
     return scanned
 
 
@@ -75,7 +75,9 @@ class _Scan:
     scanned: Scanned
     root_folder: RootFolder
     prefix: str
+    baseline_ns: int
     lower_root: int = -1
+    suspects: list[tuple[str, bytes]] = attrs.field(factory=list)
     names: dict[int, list[_Name]] = attrs.field(factory=dict)
 
     def root(self) -> None:
@@ -89,6 +91,7 @@ class _Scan:
                 self.folder(place)
                 self.index_partners(place)
                 self.group_names()
+                self.find_revived()
             finally:
                 os.close(live)
         finally:
@@ -120,7 +123,7 @@ class _Scan:
             if stat.S_ISDIR(entry.status.st_mode):
                 self.shown_folder(place, entry, path, overlay_path, status)
             elif status is None:
-                self.added(path, overlay_path, entry)
+                self.added(place, path, overlay_path, entry)
             else:
                 self.compare(place, entry, path, overlay_path, status)
 
@@ -153,6 +156,19 @@ class _Scan:
         assert place.upper is not None
         return [name for name in os.listdir(place.upper) if name not in shown]
 
+    def find_revived(self) -> None:
+        """List the added files that are copies of lower files which the command did not rename."""
+        if not self.suspects:
+            return
+        renamed = set()
+        with edits.Folders(self.root_folder.path) as live:
+            for change in self.scanned.removed:
+                overlay, _, relative = change.overlay_path.partition("/")
+                if overlay == self.root_folder.overlay:
+                    parent, _, name = relative.rpartition("/")
+                    renamed.add(layer.handle(live.open(parent), name))
+        self.scanned.revived.extend(path for path, origin in self.suspects if origin not in renamed)
+
     def is_whiteout(self, place: _Place, name: str, status: os.stat_result) -> bool:
         if layer.is_whiteout_device(status):
             return True
@@ -180,7 +196,7 @@ class _Scan:
             else:
                 inner = _Place(path, overlay_path, None, opened(entry.folder, entry.name), live, None)
             if live_status is None:
-                self.added(path, overlay_path, entry)
+                self.added(place, path, overlay_path, entry)
             else:
                 self.compare(place, entry, path, overlay_path, live_status)
             self.folder(inner)
@@ -248,7 +264,12 @@ class _Scan:
         linked = status.st_nlink > 1 and entry.in_upper and layer.keeps_links(self.prefix)
         return linked and not layer.is_copy(xattrs, self.prefix)
 
-    def added(self, path: str, overlay_path: str, entry: _Entry) -> None:
+    def added(self, place: _Place, path: str, overlay_path: str, entry: _Entry) -> None:
+        if place.live is not None and entry.in_upper and os.fstat(place.live).st_ctime_ns > self.baseline_ns:
+            # It may be a copy of a lower file that was renamed, or of one that stood here and is gone.
+            origin = layer.origin(files.entry_path(entry.folder, entry.source), self.prefix)
+            if origin:
+                self.suspects.append((path, origin))
         self.note_layer_xattrs(entry, overlay_path)
         self.note_name(path, overlay_path, entry, None)
         self.scanned.added.append(self.change(path, overlay_path, entry.status, None))

@@ -122,7 +122,8 @@ def _set_all_metadata(prepared: Prepared, items: list[MetadataChange], *, forwar
         for item in reversed(items):
             overlay, _, relative = item.overlay_path.partition("/")
             parent, _, name = relative.rpartition("/")
-            metadata.set_metadata(live[overlay].open(parent), name or ".", item.after if forward else item.before)
+            was, wanted = (item.before, item.after) if forward else (item.after, item.before)
+            metadata.set_metadata(live[overlay].open(parent), name or ".", was, wanted)
     finally:
         for folders in live.values():
             folders.close()

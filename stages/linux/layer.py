@@ -88,6 +88,11 @@ def check_file_xattrs(names: list[str], prefix: str) -> None:
             raise UnknownLayerError(f"xattr {prefix}{name}")
 
 
+def is_reserved(name: str) -> bool:
+    """Return whether an overlay of either kind takes an xattr of that name for its own."""
+    return name.startswith(("trusted.overlay.", "user.overlay."))
+
+
 def own_xattrs(names: list[str], prefix: str) -> list[str]:
     """Return the overlay's own xattrs among the names, without the prefix."""
     start = len(prefix)
@@ -146,6 +151,29 @@ def lower_inode(index_name: str, lower: int) -> int | None:
 
 _HANDLE_MAGIC = 0xFB
 _HANDLE_START = 5 + 16  # the head and the UUID of the lower file system
+
+
+def origin(path: str, prefix: str) -> bytes:
+    """Return the file handle of the lower file that a file was copied up from, b"" if none is noted."""
+    try:
+        raw = os.getxattr(path, prefix + "origin", follow_symlinks=False)
+    except OSError:
+        return b""
+    return raw[_HANDLE_START:]
+
+
+def handle(folder: int, name: str) -> bytes:
+    """Return the file handle of a name in a folder (name_to_handle_at(2)), b"" where there is none."""
+    buffer = ctypes.create_string_buffer(struct.pack("Ii", _HANDLE_SIZE, 0), 8 + _HANDLE_SIZE)
+    mount_id = ctypes.c_int()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.name_to_handle_at(folder, os.fsencode(name), buffer, ctypes.byref(mount_id), 0):
+        return b""
+    size, _ = struct.unpack_from("Ii", buffer)
+    return buffer.raw[8 : 8 + size]
+
+
+_HANDLE_SIZE = 128  # MAX_HANDLE_SZ
 
 
 def keeps_links(prefix: str) -> bool:

@@ -25,13 +25,18 @@ class Wanted(Protocol):
     def xattrs(self) -> Mapping[str, bytes]: ...  # noqa: D102
 
 
-def set_metadata(folder: int, name: str, wanted: Wanted) -> None:
-    """Give a name in a folder the metadata where it differs, a folder all but the times. Raises OSError."""
+def set_metadata(folder: int, name: str, was: Wanted, wanted: Wanted) -> None:
+    """Give a name in a folder the metadata where it differs, a folder all but the times.
+
+    Of the xattrs only those go that are in `was`: the file may have others that the overlay hid.
+
+    Raises OSError.
+    """
     # The owner first: chown(2) clears setuid and capabilities. Then the xattrs, since an ACL changes the mode.
     copying.set_owner(folder, name, wanted.uid, wanted.gid)
     present = files.xattrs(folder, name)
     path = files.entry_path(folder, name)
-    for key in present.keys() - wanted.xattrs.keys():
+    for key in (present.keys() & was.xattrs.keys()) - wanted.xattrs.keys():
         os.removexattr(path, key, follow_symlinks=False)
     for key, value in wanted.xattrs.items():
         if present.get(key) != value:
