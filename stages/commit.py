@@ -194,7 +194,8 @@ class _Trees:
         if overlay not in self.staged:
             yield self.store.open(parent), name
             return
-        step, inner = overlay_path, []
+        step = overlay_path
+        inner: list[str] = []
         while step not in numbers:
             step, _, below = step.rpartition("/")
             inner.insert(0, below)

@@ -111,10 +111,7 @@ def _complete(
     for name in os.listdir(lower):
         status = files.lstat(upper, name)
         if status is None:
-            temporary = name[:200] + ".acetate"
-            edits.remove_tree(upper, temporary)
-            copier.copy(lower, name, upper, temporary)
-            edits.move(upper, temporary, upper, name)
+            copier.copy_whole(lower, name, upper)
         elif stat.S_ISDIR(status.st_mode) and f"{overlay_path}/{name}" not in nested:
             inner = files.open_folder(upper, name)
             try:
@@ -134,28 +131,32 @@ def _complete(
 def _complete_index_links(prepared: Prepared, scanned: Scanned) -> None:
     """Put files that changed by way of another of their names into the upper layer under this name too."""
     roots = {root.overlay: root.path for root in prepared.roots}
-    copier = copying.Copier(lambda name: name)
     for link in scanned.index_links:
-        overlay, *parents, name = link.overlay_path.split("/")
-        upper = os.open(os.path.join(prepared.base_path, overlay), files.FOLDER_FLAGS)
-        live = os.open(roots[overlay], files.FOLDER_FLAGS)
-        try:
-            for parent in parents:
-                if files.lstat(upper, parent) is None:
-                    os.mkdir(parent, dir_fd=upper)
-                    copier.copy_metadata(live, parent, upper, parent)
-                upper, live = _step_into(upper, parent), _step_into(live, parent)
-            if files.lstat(upper, name) is None:
-                os.link(link.index_path, name, dst_dir_fd=upper, follow_symlinks=False)
-        finally:
-            os.close(upper)
-            os.close(live)
+        overlay, _, relative = link.overlay_path.partition("/")
+        parent, _, name = relative.rpartition("/")
+        _make_upper_folders(os.path.join(prepared.base_path, overlay), roots[overlay], parent)
+        with edits.Folders(os.path.join(prepared.base_path, overlay)) as upper:
+            folder = upper.open(parent)
+            times = os.fstat(folder)
+            # In a folder that was renamed there may be a copy of the old content by now.
+            edits.remove_tree(folder, name)
+            os.link(link.index_path, name, dst_dir_fd=folder, follow_symlinks=False)
+            os.utime(folder, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
-def _step_into(folder: int, name: str) -> int:
-    inner = files.open_folder(folder, name)
-    os.close(folder)
-    return inner
+def _make_upper_folders(upper_root: str, live_root: str, path: str) -> None:
+    """Make the folders on a path in the upper layer that are in the live tree only, with their metadata."""
+    copier = copying.Copier(lambda name: name)
+    with edits.Folders(upper_root) as upper, edits.Folders(live_root) as live:
+        done = ""
+        for name in path.split("/") if path else []:
+            folder = upper.open(done)
+            if files.lstat(folder, name) is None:
+                times = os.fstat(folder)
+                os.mkdir(name, dir_fd=folder)
+                copier.copy_metadata(live.open(done), name, folder, name)
+                os.utime(folder, ns=(times.st_atime_ns, times.st_mtime_ns))
+            done = f"{done}/{name}".lstrip("/")
 
 
 def _clear_layer_xattrs(mounted: Mounted, scanned: Scanned) -> list[str]:

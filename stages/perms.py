@@ -1,6 +1,7 @@
 """perms: carry permissions and times over to what kept its content. These are no changes in the scan's lists."""
 
 import errno
+import os
 
 from schemas.copy import Copied
 from schemas.perms import MetadataSet, Permitted, Refused
@@ -41,7 +42,7 @@ def _carry_over(permitted: Permitted, item: MetadataChange, folder: int, name: s
     except PermissionError as error:
         if error.errno != errno.EPERM:
             raise
-        permitted.refused.append(Refused(path=item.path, what=_difference(item), reason=error.strerror))
+        permitted.refused.append(Refused(path=item.path, what=_difference(item), reason=os.strerror(errno.EPERM)))
     else:
         permitted.done.append(MetadataSet(path=item.path, before=item.before, after=item.after))
 

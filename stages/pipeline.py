@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import attrs
 
@@ -68,7 +68,7 @@ class Pipeline:
         *,
         run: str | None = None,
         discard: bool = False,
-        choices: Mapping[str, object] | None = None,
+        choices: Mapping[str, Any] | None = None,
     ) -> None:
         """Begin a new run of a request, or go on with a run: the one of the given id, or the newest open one.
 
@@ -86,7 +86,7 @@ class Pipeline:
         self._wrote = False
 
     @classmethod
-    def of_locked(cls, folder: Path, lock: int, choices: Mapping[str, object]) -> "Pipeline":
+    def of_locked(cls, folder: Path, lock: int, choices: Mapping[str, Any]) -> "Pipeline":
         """Go on with the run in a folder whose lock is held by the given descriptor."""
         pipeline = cls(choices=choices)
         pipeline._folder, pipeline._lock = folder, lock

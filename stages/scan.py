@@ -1,9 +1,10 @@
 """scan: read the upper layers and list what the command added, updated and removed."""
 
+import contextlib
 import os
 import stat
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import attrs
 
@@ -47,13 +48,16 @@ class _Place(NamedTuple):
 
 
 class _Entry(NamedTuple):
-    """A name in the merged view, and which folder holds what stands there, under which name."""
+    """A name in the merged view, and which folder holds what stands there, under which name.
+
+    layer: index for a lower name of a file that was changed by way of another of its names.
+    """
 
     name: str
     status: os.stat_result
     folder: int
     source: str
-    in_upper: bool
+    layer: Literal["upper", "index", "lower"]
 
 
 class _Name(NamedTuple):
@@ -77,25 +81,39 @@ class _Scan:
     prefix: str
     baseline_ns: int
     lower_root: int = -1
+    index: dict[int, str] = attrs.field(factory=dict)
+    index_folder: int = -1
     suspects: list[tuple[str, bytes]] = attrs.field(factory=list)
-    names: dict[int, list[_Name]] = attrs.field(factory=dict)
+    names: dict[tuple[str, int], list[_Name]] = attrs.field(factory=dict)
 
     def root(self) -> None:
-        upper = os.open(self.root_folder.upper, files.FOLDER_FLAGS)
-        try:
-            self.lower_root = live = os.open(self.root_folder.path, files.FOLDER_FLAGS)
-            try:
-                marks = self.marks(upper, self.root_folder.overlay)
-                place = _Place(self.root_folder.path, self.root_folder.overlay, upper, live, live, marks)
-                self.root_metadata(upper, live)
-                self.folder(place)
-                self.index_partners(place)
-                self.group_names()
-                self.find_revived()
-            finally:
-                os.close(live)
-        finally:
-            os.close(upper)
+        with contextlib.ExitStack() as stack:
+
+            def opened(path: str) -> int:
+                descriptor = os.open(path, files.FOLDER_FLAGS)
+                stack.callback(os.close, descriptor)
+                return descriptor
+
+            upper, live = opened(self.root_folder.upper), opened(self.root_folder.path)
+            self.lower_root = live
+            if layer.keeps_links(self.prefix) and layer.index_files(self.root_folder.work):
+                self.index_folder = opened(layer.index_folder(self.root_folder.work))
+                self.read_index()
+            marks = self.marks(upper, self.root_folder.overlay)
+            place = _Place(self.root_folder.path, self.root_folder.overlay, upper, live, live, marks)
+            self.root_metadata(upper, live)
+            self.folder(place)
+            if self.index or any(kind == "lower" for kind, _ in self.names):
+                self.partners_in(place)
+            self.group_names()
+            self.find_revived()
+
+    def read_index(self) -> None:
+        """Find which lower files were changed by way of any of their names."""
+        for name in layer.index_files(self.root_folder.work):
+            inode = layer.lower_inode(name, self.lower_root)
+            if inode is not None:
+                self.index[inode] = name
 
     def root_metadata(self, upper: int, live: int) -> None:
         """Compare the upper root with what prepare made of it: not all of the live root could be given to it."""
@@ -103,8 +121,7 @@ class _Scan:
         before, after = self.root_folder.twin, self.layer_metadata(upper, ".", os.fstat(upper))
         status = os.fstat(live)
         self.metadata(path, overlay, status, before, after)
-        if before.mtime_ns != after.mtime_ns:
-            self.folder_times(path, overlay, status, after)
+        self.folder_times(path, overlay, status, after)
 
     def folder(self, place: _Place) -> None:
         """List the changes below a folder of the merged view that is a folder in the live tree too, or below None."""
@@ -138,14 +155,21 @@ class _Scan:
                     if self.is_whiteout(place, found.name, status):
                         whiteouts.add(found.name)
                     else:
-                        shown[found.name] = _Entry(found.name, status, place.upper, found.name, in_upper=True)
+                        shown[found.name] = _Entry(found.name, status, place.upper, found.name, "upper")
         if place.lower is not None and place.lower != place.live:
             with os.scandir(place.lower) as entries:
                 for found in entries:
                     if found.name not in shown and found.name not in whiteouts:
-                        status = found.stat(follow_symlinks=False)
-                        shown[found.name] = _Entry(found.name, status, place.lower, found.name, in_upper=False)
+                        shown[found.name] = self.lower_entry(place.lower, found)
         return shown
+
+    def lower_entry(self, lower: int, found: "os.DirEntry[str]") -> _Entry:
+        """Return what the merged view shows of an entry of the lower layer."""
+        index_name = self.index.get(found.inode())
+        if index_name is None:
+            return _Entry(found.name, found.stat(follow_symlinks=False), lower, found.name, "lower")
+        status = os.stat(index_name, dir_fd=self.index_folder, follow_symlinks=False)
+        return _Entry(found.name, status, self.index_folder, index_name, "index")
 
     def hidden(self, place: _Place, shown: dict[str, _Entry]) -> list[str]:
         """Return names that the live folder may hold and the merged view does not show."""
@@ -188,7 +212,7 @@ class _Scan:
 
         try:
             live = opened(place.live, entry.name) if live_status and place.live is not None else None
-            if entry.in_upper:
+            if entry.layer == "upper":
                 upper = opened(entry.folder, entry.name)
                 marks = self.marks(upper, overlay_path)
                 lower = self.lower_of(place, entry.name, marks, live, overlay_path, opened)
@@ -236,11 +260,11 @@ class _Scan:
         """List a path that is of one kind in the merged view and in the live tree."""
         assert place.live is not None
         if not stat.S_ISDIR(status.st_mode):
-            names = self.note_layer_xattrs(entry, overlay_path)
+            self.note_layer_xattrs(entry, overlay_path)
             if not self.same_content(place.live, entry, status):
                 self.updated(path, overlay_path, entry, status)
                 return
-            if self.is_replaced(entry, status, names):
+            if self.is_replaced(place.live, entry, status):
                 self.scanned.relinked.append(self.change(path, overlay_path, entry.status, status))
                 self.note_name(path, overlay_path, entry, None)
             else:
@@ -256,34 +280,50 @@ class _Scan:
             return False
         return files.same_content(entry.folder, live, entry.source, entry.name)
 
-    def is_replaced(self, entry: _Entry, status: os.stat_result, xattrs: list[str]) -> bool:
+    def is_replaced(self, live: int, entry: _Entry, status: os.stat_result) -> bool:
         """Return whether a file of the same content as the live one is another file, and that can be seen by its links.
 
         In a user namespace a file of several names has no mark when it is copied up, so this can't be told there.
         """
-        linked = status.st_nlink > 1 and entry.in_upper and layer.keeps_links(self.prefix)
-        return linked and not layer.is_copy(xattrs, self.prefix)
+        if entry.layer == "index" or (entry.status.st_nlink == 1 and status.st_nlink == 1):
+            return False
+        if entry.layer == "lower":
+            return entry.status.st_ino != status.st_ino
+        if status.st_nlink > 1 and not layer.keeps_links(self.prefix):
+            return False
+        return layer.origin(files.entry_path(entry.folder, entry.source), self.prefix) != layer.handle(live, entry.name)
 
     def added(self, place: _Place, path: str, overlay_path: str, entry: _Entry) -> None:
-        if place.live is not None and entry.in_upper and os.fstat(place.live).st_ctime_ns > self.baseline_ns:
+        if place.live is not None and entry.layer != "lower" and os.fstat(place.live).st_ctime_ns > self.baseline_ns:
             # It may be a copy of a lower file that was renamed, or of one that stood here and is gone.
             origin = layer.origin(files.entry_path(entry.folder, entry.source), self.prefix)
             if origin:
                 self.suspects.append((path, origin))
         self.note_layer_xattrs(entry, overlay_path)
         self.note_name(path, overlay_path, entry, None)
+        self.note_index_link(overlay_path, entry)
         self.scanned.added.append(self.change(path, overlay_path, entry.status, None))
 
     def updated(self, path: str, overlay_path: str, entry: _Entry, status: os.stat_result) -> None:
         self.note_name(path, overlay_path, entry, None)
+        self.note_index_link(overlay_path, entry)
         self.scanned.updated.append(self.change(path, overlay_path, entry.status, status))
         if status.st_nlink > 1 and not layer.keeps_links(self.prefix):
             self.scanned.partners_left.append(path)
 
     def note_name(self, path: str, overlay_path: str, entry: _Entry, live: os.stat_result | None) -> None:
         """Note a name of a file of several names."""
-        if entry.in_upper and entry.status.st_nlink > 1 and not stat.S_ISDIR(entry.status.st_mode):
-            self.names.setdefault(entry.status.st_ino, []).append(_Name(path, overlay_path, entry.status, live))
+        if stat.S_ISDIR(entry.status.st_mode) or (entry.status.st_nlink == 1 and entry.layer != "index"):
+            return
+        key = "lower" if entry.layer == "lower" else "upper", entry.status.st_ino
+        self.names.setdefault(key, []).append(_Name(path, overlay_path, entry.status, live))
+
+    def note_index_link(self, overlay_path: str, entry: _Entry) -> None:
+        """Note a path whose new content the upper layer holds under other names only."""
+        if entry.layer == "index":
+            index_path = os.path.join(layer.index_folder(self.root_folder.work), entry.source)
+            self.scanned.index_links.append(IndexLink(overlay_path=overlay_path, index_path=index_path))
+            self.scanned.layer_xattrs.append(overlay_path)
 
     def group_names(self) -> None:
         """List the names that must become further names of a live file: other names of it kept their content."""
@@ -299,45 +339,32 @@ class _Scan:
                         change = self.change(name.path, name.overlay_path, name.status, name.live)
                         self.scanned.relinked.append(change)
 
-    def index_partners(self, place: _Place) -> None:
-        """List the lower names of files that were changed by way of another of their names.
+    def partners_in(self, place: _Place) -> None:
+        """Look at the lower names of files of which other names were changed or renamed.
 
-        Only the inode numbers of the live tree's folders are read, and only if there are such files.
+        Only the names and inode numbers of the live tree's folders are read, and only if there are such files.
         """
-        names = layer.index_files(self.root_folder.work) if layer.keeps_links(self.prefix) else []
-        found = {layer.lower_inode(name, self.lower_root): name for name in names}
-        found.pop(None, None)
-        if not found:
-            return
-        index = os.open(os.path.join(self.root_folder.work, "index"), files.FOLDER_FLAGS)
-        try:
-            self.partners_in(place, index, {inode: name for inode, name in found.items() if inode is not None})
-        finally:
-            os.close(index)
-
-    def partners_in(self, place: _Place, index: int, found: dict[int, str]) -> None:
         assert place.live is not None
         with os.scandir(place.live) as entries:
             below = sorted(entries, key=lambda entry: entry.name)
-        for entry in below:
-            path, overlay_path = f"{place.path}/{entry.name}", f"{place.overlay_path}/{entry.name}"
-            if entry.is_dir(follow_symlinks=False):
-                self.partners_below(place, entry.name, index, found)
-            elif entry.inode() in found and files.lstat(place.upper, entry.name) is None:
-                name = found[entry.inode()]
-                status = os.stat(name, dir_fd=index, follow_symlinks=False)
-                partner = _Entry(entry.name, status, index, name, in_upper=False)
+        for found in below:
+            path, overlay_path = f"{place.path}/{found.name}", f"{place.overlay_path}/{found.name}"
+            if found.is_dir(follow_symlinks=False):
+                self.partners_below(place, found.name)
+            elif files.lstat(place.upper, found.name) is not None:
+                continue
+            elif found.inode() in self.index:
                 before = len(self.scanned.updated)
-                self.compare(place, partner, path, overlay_path, entry.stat(follow_symlinks=False))
-                if len(self.scanned.updated) > before:
-                    index_path = os.path.join(self.root_folder.work, "index", name)
-                    self.scanned.index_links.append(IndexLink(overlay_path=overlay_path, index_path=index_path))
-                    self.scanned.layer_xattrs.append(overlay_path)
-                    if place.upper is None:
-                        folder = os.fstat(place.live)
-                        self.folder_times(place.path, place.overlay_path, folder, _metadata(folder, {}))
+                entry = self.lower_entry(place.live, found)
+                self.compare(place, entry, path, overlay_path, found.stat(follow_symlinks=False))
+                if len(self.scanned.updated) > before and place.upper is None:
+                    folder = os.fstat(place.live)
+                    self.folder_times(place.path, place.overlay_path, folder, _metadata(folder, {}))
+            elif ("lower", found.inode()) in self.names:
+                status = found.stat(follow_symlinks=False)
+                self.names["lower", found.inode()].append(_Name(path, overlay_path, status, status))
 
-    def partners_below(self, place: _Place, name: str, index: int, found: dict[int, str]) -> None:
+    def partners_below(self, place: _Place, name: str) -> None:
         assert place.live is not None
         path, overlay_path = f"{place.path}/{name}", f"{place.overlay_path}/{name}"
         status = files.lstat(place.upper, name)
@@ -351,15 +378,15 @@ class _Scan:
                 if marks.opaque or marks.redirect is not None:
                     return
             upper = descriptors[1] if status is not None else None
-            self.partners_in(_Place(path, overlay_path, upper, None, descriptors[0], None), index, found)
+            self.partners_in(_Place(path, overlay_path, upper, None, descriptors[0], None))
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
 
-    def note_layer_xattrs(self, entry: _Entry, overlay_path: str) -> list[str]:
-        """Note a path with xattrs of the overlay, and return the names of all that it has."""
-        if not entry.in_upper:
-            return []
+    def note_layer_xattrs(self, entry: _Entry, overlay_path: str) -> None:
+        """Note a path with xattrs of the overlay."""
+        if entry.layer != "upper":
+            return
         names = files.list_xattrs(files.entry_path(entry.folder, entry.source))
         if any(name.startswith(self.prefix) for name in names):
             if not stat.S_ISDIR(entry.status.st_mode):
@@ -368,7 +395,6 @@ class _Scan:
                 except layer.UnknownLayerError as error:
                     raise self.not_understood(overlay_path, error) from error
             self.scanned.layer_xattrs.append(overlay_path)
-        return names
 
     def removed(self, path: str, overlay_path: str, folder: int | None, name: str, status: os.stat_result) -> None:
         """List a live path and everything below it as removed."""
@@ -434,7 +460,7 @@ class _Scan:
         )
 
     def entry_metadata(self, entry: _Entry) -> Metadata:
-        read = self.layer_metadata if entry.in_upper else self.live_metadata
+        read = self.live_metadata if entry.layer == "lower" else self.layer_metadata
         return read(entry.folder, entry.source, entry.status)
 
     def live_metadata(self, folder: int, name: str, status: os.stat_result) -> Metadata:

@@ -82,9 +82,13 @@ def _undone(prepared: Prepared, plan: Plan, digest: str, *, complete: bool) -> U
 
 
 def _store(prepared: Prepared) -> str:
-    """Return the folder with the other sides of the steps: the upper layer, which cleanup renames."""
+    """Return the folder with the other sides of the steps: the upper layer, which cleanup renames, or removes if unused."""
     originals = Path(prepared.run_folder, "originals")
-    return str(originals) if originals.exists() else prepared.base_path
+    if Path(prepared.base_path).exists() and not originals.exists():
+        return prepared.base_path
+    for root in prepared.roots:
+        (originals / root.overlay).mkdir(parents=True, exist_ok=True)
+    return str(originals)
 
 
 def _last_plan(prepared: Prepared) -> tuple[Plan, str]:

@@ -3,6 +3,7 @@
 import os
 import time
 
+_CLOCK_REALTIME_COARSE = 5  # clock_gettime(2)
 
 def newest_stamp(folder: str) -> int:
     """Return the ctime that a file changed at this moment gets on the folder's file system, nanoseconds since the epoch.
@@ -13,7 +14,7 @@ def newest_stamp(folder: str) -> int:
     try:
         descriptor = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     except OSError:
-        return time.clock_gettime_ns(time.CLOCK_REALTIME_COARSE)
+        return time.clock_gettime_ns(_CLOCK_REALTIME_COARSE)
     try:
         return os.fstat(descriptor).st_ctime_ns
     finally:

@@ -7,7 +7,7 @@ import os
 import stat
 from collections.abc import Callable
 
-from stages.linux import files
+from stages.linux import edits, files
 
 _FICLONE = 0x40049409  # ioctl_ficlone(2)
 
@@ -45,10 +45,21 @@ class Copier:
         identity = status.st_dev, status.st_ino
         first = self._first_names.get(identity)
         if first is None:
-            self._first_names[identity] = os.readlink(f"/proc/self/fd/{to_folder}") + "/" + to_name
+            self._first_names[identity] = _path(to_folder, to_name)
             return False
         os.link(first, to_name, dst_dir_fd=to_folder, follow_symlinks=False)
         return True
+
+    def copy_whole(self, from_folder: int, name: str, to_folder: int) -> None:
+        """Copy to a name that appears when all of the copy is there. Raises OSError."""
+        temporary = ".acetate-copy"
+        edits.remove_tree(to_folder, temporary)
+        self.copy(from_folder, name, to_folder, temporary)
+        edits.move(to_folder, temporary, to_folder, name)
+        copied = _path(to_folder, temporary)
+        for identity, first in self._first_names.items():
+            if first == copied or first.startswith(copied + "/"):
+                self._first_names[identity] = _path(to_folder, name) + first[len(copied) :]
 
     def _copy_folder(self, from_folder: int, name: str, to_folder: int, to_name: str) -> None:
         os.mkdir(to_name, 0o700, dir_fd=to_folder)
@@ -73,6 +84,10 @@ class Copier:
         if not stat.S_ISLNK(status.st_mode):
             os.chmod(to_name, stat.S_IMODE(status.st_mode), dir_fd=to_folder)
         os.utime(to_name, ns=(status.st_atime_ns, status.st_mtime_ns), dir_fd=to_folder, follow_symlinks=False)
+
+
+def _path(folder: int, name: str) -> str:
+    return os.readlink(f"/proc/self/fd/{folder}") + "/" + name
 
 
 def set_owner(folder: int, name: str, uid: int, gid: int) -> None:

@@ -117,10 +117,20 @@ def index_files(work: str) -> list[str]:
     Each is a hard link to the copy in the upper layer; its name is the file handle of the original in the lower one.
     """
     try:
-        with os.scandir(os.path.join(work, "index")) as entries:
-            return [entry.name for entry in entries if entry.is_file(follow_symlinks=False)]
+        with os.scandir(index_folder(work)) as entries:
+            return [
+                entry.name
+                for entry in entries
+                if not entry.is_dir(follow_symlinks=False)
+                and not is_whiteout_device(entry.stat(follow_symlinks=False))
+            ]
     except FileNotFoundError:
         return []
+
+
+def index_folder(work: str) -> str:
+    """Return the index of an overlay with the given work folder."""
+    return os.path.join(work, "index")
 
 
 def lower_inode(index_name: str, lower: int) -> int | None:
@@ -179,8 +189,3 @@ _HANDLE_SIZE = 128  # MAX_HANDLE_SZ
 def keeps_links(prefix: str) -> bool:
     """Return whether the overlay keeps the hard links of the lower layer: with index=on, granted with trusted xattrs."""
     return prefix.startswith("trusted.")
-
-
-def is_copy(names: list[str], prefix: str) -> bool:
-    """Return whether a file of the upper layer with these xattrs was copied up from the lower one."""
-    return prefix + "origin" in names or prefix + "nlink" in names
