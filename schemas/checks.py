@@ -76,7 +76,8 @@ def _check_located(file: str, field: str, items: Iterable[_Located], prepared: P
             raise ManifestError(f"{file}: {field}[{number}].overlay_path: {item.overlay_path!r} leaves the overlays")
         if item.path != roots[overlay] + slash + relative:
             raise ManifestError(
-                f"{file}: {field}[{number}].path: {item.path!r} is not where {item.overlay_path!r} belongs, in {roots[overlay]}"
+                f"{file}: {field}[{number}].path: {item.path!r} is not where {item.overlay_path!r} belongs, "
+                f"in {roots[overlay]}"
             )
 
 

@@ -7,7 +7,6 @@ import attrs
 from schemas.manifest import Manifest
 from schemas.scan import FolderTimes, HardLink
 
-
 PLAN_FILE = "copy.plan.json"
 
 

@@ -51,7 +51,9 @@ def encode(manifest: Manifest) -> bytes:
 
 def _encode(manifest: Manifest) -> bytes:
     fields = ((field.name, getattr(manifest, field.name)) for field in attrs.fields(type(manifest)))
-    return b"{\n" + b",\n".join(_ENCODER.encode(name) + b": " + _encode_value(value) for name, value in fields) + b"\n}\n"
+    return (
+        b"{\n" + b",\n".join(_ENCODER.encode(name) + b": " + _encode_value(value) for name, value in fields) + b"\n}\n"
+    )
 
 
 def _encode_value(value: Any) -> bytes:

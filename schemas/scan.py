@@ -67,7 +67,7 @@ class Redirect:
 
 @attrs.define(kw_only=True)
 class IndexLink:
-    """A path whose file changed by way of another of its names; index_path: where the overlay keeps the changed file."""
+    """A path whose file changed by way of another of its names; index_path: where the overlay keeps that file."""
 
     overlay_path: str
     index_path: str

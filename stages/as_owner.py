@@ -46,7 +46,7 @@ def perform(stage: str, folder: Path, lock: int, choices: Mapping[str, object]) 
 
 def main(stage: str, folder: str, lock: str, choices: str) -> None:
     """Perform the stage in this process, which is in the user namespace."""
-    from stages.pipeline import Pipeline  # noqa: PLC0415 - that module imports this one
+    from stages.pipeline import Pipeline
 
     pipeline = Pipeline.of_locked(Path(folder), int(lock), json.loads(choices))
     try:

@@ -47,12 +47,22 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("stages", nargs="+", choices=("run", *_STAGES, "undo", "runs", "prune", "gc"), metavar="STAGE", help=", ".join(_STAGES))
-    parser.add_argument("--root", action="append", metavar="DIR", help="folder that the command may write to (default: .)")
+    parser.add_argument(
+        "stages",
+        nargs="+",
+        choices=("run", *_STAGES, "undo", "runs", "prune", "gc"),
+        metavar="STAGE",
+        help=", ".join(_STAGES),
+    )
+    parser.add_argument(
+        "--root", action="append", metavar="DIR", help="folder that the command may write to (default: .)"
+    )
     parser.add_argument("--spec", metavar="FILE", help="read the request from a JSON or TOML file")
     parser.add_argument("--network", action="store_true", help="let the command use the network")
     parser.add_argument("--timeout", metavar="SECONDS", help="end everything the command started after that time")
-    parser.add_argument("--on-failure", choices=("keep", "copy"), help="what to do with the changes of a failed command")
+    parser.add_argument(
+        "--on-failure", choices=("keep", "copy"), help="what to do with the changes of a failed command"
+    )
     parser.add_argument("--conflicts", choices=("stop", "skip", "overwrite"), help="what copy does on conflicts")
     parser.add_argument("--no-sync", action="store_true", help="do not wait until the copied data is on disk")
     parser.add_argument("--run", metavar="ID", help="go on with this run instead of the newest open one")

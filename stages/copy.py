@@ -20,6 +20,7 @@ from stages import commit
 from stages.errors import AcetateError
 from stages.linux import clock, copying, edits, files, layer
 
+
 def copy(prepared: Prepared, mounted: Mounted, scanned: Scanned) -> Copied:
     """Copy what the scan lists to the live tree and return what was done.
 
@@ -104,9 +105,7 @@ def _complete_redirects(mounted: Mounted, scanned: Scanned) -> None:
             os.close(upper)
 
 
-def _complete(
-    copier: copying.Copier, upper: int, lower: int, overlay_path: str, nested: set[str], prefix: str
-) -> None:
+def _complete(copier: copying.Copier, upper: int, lower: int, overlay_path: str, nested: set[str], prefix: str) -> None:
     times = os.fstat(upper)
     for name in os.listdir(lower):
         status = files.lstat(upper, name)
@@ -193,7 +192,9 @@ class _Planner:
         self.conflicts: list[Conflict] = []
         self.xattr_prefix = mounted.xattr_prefix
         self.checked_ns = {root.overlay: clock.newest_stamp(root.path) for root in prepared.roots}
-        self.staged = [root.overlay for root in prepared.roots if not commit.shares_mount(root.path, prepared.base_path)]
+        self.staged = [
+            root.overlay for root in prepared.roots if not commit.shares_mount(root.path, prepared.base_path)
+        ]
 
     def plan(self) -> Plan:
         try:
@@ -316,7 +317,7 @@ class _Planner:
         return status.st_ino if status else 0
 
     def check_whole(self, parent: int, change: Change) -> None:
-        """See that a new folder in the upper layer holds just what the scan lists, whiteouts aside, which are dropped."""
+        """See that a new folder in the upper layer holds just what the scan lists; whiteouts are dropped."""
         name = change.path.rpartition("/")[2]
         folder = files.open_folder(parent, name)
         try:

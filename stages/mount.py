@@ -22,9 +22,9 @@ def mount(prepared: Prepared, earlier: Mounted | None = None) -> Mounted:
     """
     if earlier and namespaces.Namespace(**attrs.asdict(earlier.holder)).is_alive():
         return earlier
-    baseline = earlier.baseline_ns if earlier else {
-        root.overlay: clock.newest_stamp(root.path) for root in prepared.roots
-    }
+    baseline = (
+        earlier.baseline_ns if earlier else {root.overlay: clock.newest_stamp(root.path) for root in prepared.roots}
+    )
     namespace = _start_namespace(prepared)
     try:
         for root in prepared.roots:
@@ -66,9 +66,7 @@ def _namespace_hint() -> str:
 def _mount(namespace: namespaces.Namespace, root: RootFolder) -> None:
     _clear_volatile_mark(root)
     try:
-        namespaces.mount_overlay(
-            namespace, lower=root.path, upper=root.upper, work=root.work, merged=root.merged
-        )
+        namespaces.mount_overlay(namespace, lower=root.path, upper=root.upper, work=root.work, merged=root.merged)
     except namespaces.NamespaceError as error:
         raise UsageError(f"the overlay over {root.path} can't be mounted: {error}", _overlay_hint(root)) from error
 
@@ -94,7 +92,7 @@ def _overlay_hint(root: RootFolder) -> str:
         return "load overlayfs: modprobe overlay"
     kind = _file_system_kind(root.upper)
     if kind == "overlay":
-        return f"{root.upper} is on an overlay itself: set XDG_CACHE_HOME to a folder on another file system, a tmpfs for one"
+        return f"{root.upper} is on an overlay itself: set XDG_CACHE_HOME to a folder on a tmpfs, for one"
     return f"see the kernel's log (dmesg); {root.path} is on {_file_system_kind(root.path)}, {root.upper} on {kind}"
 
 

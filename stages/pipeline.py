@@ -1,6 +1,5 @@
 """A run from stage to stage: which stages are done, what each one reads, and the manifests between them."""
 
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -191,7 +190,7 @@ class Pipeline:
                 f"nothing was {did}, since somebody else changed what would be overwritten:\n"
                 + "\n".join(f"  {conflict.path} {conflict.reason}" for conflict in result.conflicts),
                 result.run,
-                "conflicts=skip leaves these paths alone; conflicts=overwrite overwrites them, and undo brings them back",
+                "conflicts=skip leaves these paths alone; conflicts=overwrite overwrites them, which undo can undo",
             )
 
     def read(self, stage: str, kind: type[AnyManifest]) -> AnyManifest:
@@ -205,7 +204,9 @@ class Pipeline:
             try:
                 self._read[stage] = self._read_checked(stage, kind)
             except manifest.ManifestError as error:
-                raise UsageError(str(error), f"nothing was touched; remove the file to have {stage} done again") from error
+                raise UsageError(
+                    str(error), f"nothing was touched; remove the file to have {stage} done again"
+                ) from error
         found, _ = self._read[stage]
         assert isinstance(found, kind)
         return found

@@ -50,7 +50,9 @@ def check(request: Request) -> None:
     for inner, outer in permutations(request.roots, 2):
         if _contains(outer, inner):
             raise UsageError(
-                f"roots must not contain one another: {inner} is in {outer}" if inner != outer else f"root {inner} is named twice",
+                f"roots must not contain one another: {inner} is in {outer}"
+                if inner != outer
+                else f"root {inner} is named twice",
                 "leave out the inner one: the command may write to all of the outer root",
             )
     for root in request.roots:

@@ -115,7 +115,7 @@ class Reporter:
 
 def runs(options: Mapping[str, str]) -> Iterator[str]:
     """Return the list of all runs as lines for people."""
-    from stages import history  # noqa: PLC0415 - only who asks for it waits for it
+    from stages import history
 
     check_words(options, set())
     for run in history.all_runs():
@@ -127,7 +127,7 @@ def runs(options: Mapping[str, str]) -> Iterator[str]:
 
 def prune(options: Mapping[str, str]) -> Iterator[str]:
     """Drop old runs and return what was done as lines for people."""
-    from stages import history  # noqa: PLC0415
+    from stages import history
 
     check_words(options, {"keep", "older"})
     yield from history.prune(keep=number(options, "keep", int), older=number(options, "older", float))
@@ -135,7 +135,7 @@ def prune(options: Mapping[str, str]) -> Iterator[str]:
 
 def gc(options: Mapping[str, str]) -> Iterator[str]:
     """Release what was left behind and return what was done as lines for people."""
-    from stages import gc as leftovers  # noqa: PLC0415
+    from stages import gc as leftovers
 
     check_words(options, set())
     yield from leftovers.gc() or ["nothing was left behind"]

@@ -62,7 +62,9 @@ def check_words(options: Options, known: AbstractSet[str]) -> None:
     """Raise UsageError for an option that is not among the known ones."""
     for name in options:
         if name not in known and not (name == "argv" and known is _WORDS):
-            raise UsageError(f"there is no option {name!r} here", f"the options are: {', '.join(sorted(known)) or 'none'}")
+            raise UsageError(
+                f"there is no option {name!r} here", f"the options are: {', '.join(sorted(known)) or 'none'}"
+            )
 
 
 def number(options: Mapping[str, str], name: str, kind: type[_Number]) -> _Number | None:
@@ -126,7 +128,7 @@ def _read_spec(path: str) -> Spec:
         raise UsageError(f"spec file {path}: {error.strerror}") from error
     try:
         if path.endswith(".toml"):
-            import tomllib  # noqa: PLC0415 - only who uses TOML waits for its parser
+            import tomllib
 
             values = tomllib.loads(content.decode())
         else:

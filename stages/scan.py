@@ -254,9 +254,7 @@ class _Scan:
         self.scanned.redirects.append(Redirect(overlay_path=overlay_path, lower_path=lower_path))
         return lower
 
-    def compare(
-        self, place: _Place, entry: _Entry, path: str, overlay_path: str, status: os.stat_result
-    ) -> None:
+    def compare(self, place: _Place, entry: _Entry, path: str, overlay_path: str, status: os.stat_result) -> None:
         """List a path that is of one kind in the merged view and in the live tree."""
         assert place.live is not None
         if not stat.S_ISDIR(status.st_mode):
@@ -415,9 +413,7 @@ class _Scan:
             finally:
                 os.close(inner)
 
-    def metadata(
-        self, path: str, overlay_path: str, status: os.stat_result, before: Metadata, after: Metadata
-    ) -> None:
+    def metadata(self, path: str, overlay_path: str, status: os.stat_result, before: Metadata, after: Metadata) -> None:
         """List a path of the same content by what differs about it."""
         change = MetadataChange(
             path=path,
@@ -446,9 +442,7 @@ class _Scan:
             )
         )
 
-    def change(
-        self, path: str, overlay_path: str, status: os.stat_result, live: os.stat_result | None
-    ) -> Change:
+    def change(self, path: str, overlay_path: str, status: os.stat_result, live: os.stat_result | None) -> Change:
         return Change(
             path=path,
             overlay_path=overlay_path,

@@ -82,7 +82,7 @@ def _undone(prepared: Prepared, plan: Plan, digest: str, *, complete: bool) -> U
 
 
 def _store(prepared: Prepared) -> str:
-    """Return the folder with the other sides of the steps: the upper layer, which cleanup renames, or removes if unused."""
+    """Return the folder with the other sides of the steps: the upper layer, which cleanup renames or removes."""
     originals = Path(prepared.run_folder, "originals")
     if Path(prepared.base_path).exists() and not originals.exists():
         return prepared.base_path
@@ -101,9 +101,7 @@ def _last_plan(prepared: Prepared) -> tuple[Plan, str]:
     return plan, digest
 
 
-def _stamps(
-    last: Plan, copied: Copied | None, permitted: Permitted | None, earlier: Undone | None
-) -> dict[str, int]:
+def _stamps(last: Plan, copied: Copied | None, permitted: Permitted | None, earlier: Undone | None) -> dict[str, int]:
     """Return the newest ctime, by overlay, of what nobody changed since the last plan was carried out."""
     if last.direction != "copied" and earlier is not None:
         return earlier.ended_ns

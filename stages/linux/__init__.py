@@ -1,0 +1,1 @@
+"""What is known of the kernel: overlay layers, mounts and namespaces, bubblewrap, edits by folder descriptor."""

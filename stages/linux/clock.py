@@ -5,8 +5,9 @@ import time
 
 _CLOCK_REALTIME_COARSE = 5  # clock_gettime(2)
 
+
 def newest_stamp(folder: str) -> int:
-    """Return the ctime that a file changed at this moment gets on the folder's file system, nanoseconds since the epoch.
+    """Return the ctime that a file changed now gets on the folder's file system, nanoseconds since the epoch.
 
     It comes from a file without a name (O_TMPFILE, open(2)), which changes nothing in the folder; where the file system
     has none, from the kernel's coarse clock, by which local file systems stamp.

@@ -33,9 +33,7 @@ def move(from_folder: int, name: str, to_folder: int, to_name: str) -> None:
 
     Raises OSError, FileExistsError when the new name is taken.
     """
-    _call(
-        "renameat2", to_name, from_folder, os.fsencode(name), to_folder, os.fsencode(to_name), _RENAME_NOREPLACE
-    )
+    _call("renameat2", to_name, from_folder, os.fsencode(name), to_folder, os.fsencode(to_name), _RENAME_NOREPLACE)
 
 
 def exchange(folder_a: int, name_a: str, folder_b: int, name_b: str) -> None:

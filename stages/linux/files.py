@@ -142,7 +142,7 @@ def _same_bytes(a: int, b: int) -> bool:
 
 @contextlib.contextmanager
 def deep_walks() -> Iterator[None]:
-    """Allow walks as deep as the system allows open descriptors, of which they hold a few for each level (getrlimit(2)).
+    """Allow walks as deep as the system allows open descriptors; they hold a few for each level (getrlimit(2)).
 
     Recursion of functions in Python costs no C stack since Python 3.11.
     """

@@ -121,8 +121,7 @@ def index_files(work: str) -> list[str]:
             return [
                 entry.name
                 for entry in entries
-                if not entry.is_dir(follow_symlinks=False)
-                and not is_whiteout_device(entry.stat(follow_symlinks=False))
+                if not entry.is_dir(follow_symlinks=False) and not is_whiteout_device(entry.stat(follow_symlinks=False))
             ]
     except FileNotFoundError:
         return []
@@ -187,5 +186,5 @@ _HANDLE_SIZE = 128  # MAX_HANDLE_SZ
 
 
 def keeps_links(prefix: str) -> bool:
-    """Return whether the overlay keeps the hard links of the lower layer: with index=on, granted with trusted xattrs."""
+    """Return whether the overlay keeps the lower layer's hard links: with index=on, granted with trusted xattrs."""
     return prefix.startswith("trusted.")
